@@ -1,0 +1,39 @@
+"""How every entry point ends: 0 when done, 2 with one line for what the user can mend, 1 for the rest."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from trainer.errors import UserError
+
+_PATIENCE_SECONDS = 3.0
+
+
+def run(main: Callable[[], object]) -> None:
+    """Call ``main`` and exit. An exception ends the process at once, without waiting for other ranks.
+
+    A launcher reports the first exit code it sees, and ranks that only lost a partner die in the same
+    moment as the one that knows why: they wait a little, so that the reason comes first.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    code = 0
+    try:
+        main()
+    except UserError as error:
+        if rank > 0:  # if rank 0 found the same it has said so, and the launcher ends this process meanwhile
+            time.sleep(_PATIENCE_SECONDS)
+        sys.stderr.write(f"error: {error}\n")
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except Exception:
+        logging.getLogger("trainer").exception("rank %d failed", rank)
+        time.sleep(_PATIENCE_SECONDS)
+        code = 1
+    if code:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # destructors of process groups and worker pools could wait for ranks that are gone

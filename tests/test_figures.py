@@ -1,0 +1,188 @@
+"""Figures show what the numbers say: what is drawn is read back from the artists; files are reproducible."""
+
+import threading
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from trainer import figures
+from trainer.errors import UserError
+from trainer.metrics import intra_inter_cosine, verification
+
+
+def make_embeddings(num_images: int, num_classes: int, dim: int, noise: float = 0.2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels_N = torch.arange(num_images) % num_classes
+    rays_KD = normalize(torch.randn(num_classes, dim, generator=generator), dim=1)
+    lengths_N1 = 1 + 9 * torch.rand(num_images, 1, generator=generator)
+    return lengths_N1 * (
+        rays_KD[labels_N] + noise * torch.randn(num_images, dim, generator=generator)
+    ), labels_N
+
+
+def texts(figure: Figure) -> list[str]:
+    return [
+        text.get_text()
+        for legend in (*figure.legends, *(a.get_legend() for a in figure.axes))
+        if legend
+        for text in legend.get_texts()
+    ]
+
+
+def test_scatter_shows_every_point_and_one_ray_per_class_in_two_dimensions() -> None:
+    embeddings_ND, labels_N = make_embeddings(300, 4, 2)
+    figure = figures.feature_scatter(embeddings_ND, labels_N, ["a", "b", "c", "d"], "Faces")
+    axes = figure.axes[0]
+    np.testing.assert_allclose(axes.collections[0].get_offsets(), embeddings_ND.numpy(), rtol=1e-6)
+    assert len({tuple(colour) for colour in axes.collections[0].get_facecolors()}) == 4
+    assert axes.get_title() == "Faces"
+    assert texts(figure) == ["a", "b", "c", "d"]
+    assert axes.get_aspect() == 1
+    assert max(axes.get_xlim()) == max(axes.get_ylim()) > embeddings_ND.abs().max()
+    for label, line in enumerate(axes.lines):
+        (x0, x1), (y0, y1) = line.get_data()
+        mean_D = embeddings_ND[labels_N == label].mean(0).numpy()
+        assert (x0, y0) == (0, 0)
+        assert np.dot([x1, y1], mean_D) == pytest.approx(np.hypot(x1, y1) * np.linalg.norm(mean_D), rel=1e-5)
+
+
+def test_three_dimensions_are_drawn_within_the_sphere_of_the_longest_embedding() -> None:
+    embeddings_ND, labels_N = make_embeddings(200, 10, 3)
+    figure = figures.feature_scatter(embeddings_ND, labels_N)
+    axes = figure.axes[0]
+    radius = float(embeddings_ND.norm(dim=1).max())
+    assert axes.get_xlim() == axes.get_ylim() == axes.get_zlim() == pytest.approx((-radius, radius))
+    assert len(axes.lines) == 4 + 10  # circles of the globe and rays
+    assert [text.get_text() for text in figure.texts] == [f"radius of the sphere: {radius:.3g}"]
+    assert texts(figure) == [str(label) for label in range(10)]
+
+
+def test_the_view_keeps_rays_apart() -> None:
+    rays_KD = np.array([[0.0, 1, 0], [0, -1, 0], [1, 0, 0], [1, 0, 1]])
+    elevation, azimuth = figures._best_view(rays_KD)
+    e, a = np.deg2rad([elevation, azimuth])
+    to_viewer = np.array([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)])
+    for ray in rays_KD:  # none points at the viewer or away
+        assert abs(ray @ to_viewer) < 0.9 * np.linalg.norm(ray)
+    np.testing.assert_allclose(figures._screen(elevation, azimuth).T @ to_viewer, 0, atol=1e-12)
+
+
+def test_panels_share_colours_and_legend_even_if_one_lacks_a_class() -> None:
+    embeddings_ND, labels_N = make_embeddings(90, 3, 3)
+    some_N = labels_N != 0
+    figure = figures.feature_scatter_pair(
+        {"COCO": (embeddings_ND, labels_N), "softmax": (embeddings_ND[some_N], labels_N[some_N])}
+    )
+    assert [axes.get_title() for axes in figure.axes] == ["COCO", "softmax"]
+    assert texts(figure) == ["0", "1", "2"]
+    first, second = (axes.lines[4:] for axes in figure.axes)
+    assert [line.get_color() for line in first[1:]] == [line.get_color() for line in second]
+
+
+def test_scatter_of_a_large_set_draws_at_most_five_thousand_points() -> None:
+    axes = figures.feature_scatter(*make_embeddings(10_001, 3, 2)).axes[0]
+    assert 3000 < len(axes.collections[0].get_offsets()) <= 5000
+
+
+def test_scatter_refuses_other_dimensions() -> None:
+    with pytest.raises(UserError, match=r"2 or 3 dimensions can be drawn, not \[6, 5\]"):
+        figures.feature_scatter(*make_embeddings(6, 2, 5))
+
+
+def test_histogram_shows_densities_and_means_of_all_pairs() -> None:
+    embeddings_ND, labels_N = make_embeddings(120, 6, 8)
+    features_ND = normalize(embeddings_ND, dim=1)
+    intra, inter = intra_inter_cosine(features_ND, labels_N)
+    figure = figures.cosine_histogram(features_ND, labels_N, "Faces")
+    axes = figure.axes[0]
+    assert axes.get_title() == "Faces (all pairs of 120 images)"
+    assert texts(figure) == [
+        f"different classes: mean {inter:.3f} (6,000 pairs)",
+        f"same class: mean {intra:.3f} (1,140 pairs)",
+    ]
+    for patch in axes.patches:
+        density, edges, _ = patch.get_data()
+        assert np.sum(density * np.diff(edges)) == pytest.approx(1)
+
+
+def test_histogram_of_a_large_set_says_so_and_still_has_genuine_pairs() -> None:
+    embeddings_ND, labels_N = make_embeddings(9000, 3000, 4)
+    figure = figures.cosine_histogram(normalize(embeddings_ND, dim=1), labels_N, "Faces")
+    assert figure.axes[0].get_title() == "Faces (all pairs of 600 out of 9,000 images)"
+    assert "(600 pairs)" in texts(figure)[1]  # 200 classes of 3 images
+
+
+def test_histogram_without_genuine_pairs_is_refused() -> None:
+    with pytest.raises(UserError, match="no pair of same class among 5 images"):
+        figures.cosine_histogram(normalize(torch.randn(5, 4), dim=1), torch.arange(5), "Faces")
+
+
+def test_roc_draws_the_curve_and_names_its_numbers() -> None:
+    embeddings_ND, labels_N = make_embeddings(400, 20, 16)
+    result = verification(normalize(embeddings_ND, dim=1), labels_N)
+    few = verification(normalize(embeddings_ND, dim=1)[:40], labels_N[:40])
+    figure = figures.roc({"big": result, "small": few})
+    axes = figure.axes[0]
+    assert (axes.get_xscale(), axes.get_xlim()) == ("log", (1e-4, 1))
+    assert texts(figure) == [
+        f"big: AUC {result.auc:.5f}, TAR {100 * result.tar_at_far[1e-3]:.2f} % at FAR 1e-3",
+        f"small: AUC {few.auc:.5f}, TAR n/a at FAR 1e-3",
+        "chance",
+    ]
+    far, tar = axes.lines[1].get_data()
+    assert far[0] >= 10 / result.num_impostor
+    np.testing.assert_array_equal(tar, result.tar[result.far >= 10 / result.num_impostor])
+
+
+def test_loss_curve_shows_every_value_and_its_running_mean() -> None:
+    points = [(step, 5.0 / step) for step in range(1, 201)]
+    axes = figures.loss_curve({"COCO": points, "short": [(7, 1.5)]}).axes[0]
+    raw, smooth = axes.lines[0].get_ydata(), axes.lines[1].get_ydata()
+    np.testing.assert_array_equal(raw, [loss for _, loss in points])
+    np.testing.assert_allclose(smooth, [np.mean(raw[max(0, i - 3) : i + 1]) for i in range(200)], rtol=1e-12)
+    assert texts(axes.figure) == [f"COCO: {smooth[-1]:.4g} at step 200", "short: 1.5 at step 7"]
+    with pytest.raises(UserError, match="empty: there is no loss"):
+        figures.loss_curve({"empty": []})
+
+
+def test_same_input_gives_same_bytes_from_any_thread_and_leaves_nothing_else(tmp_path: Path) -> None:
+    settings = dict(matplotlib.rcParams)
+    contents: list[bytes] = []
+
+    def draw(name: str) -> None:
+        figure = figures.feature_scatter(*make_embeddings(100, 10, 3), title="Faces")
+        contents.append(figures.save(figure, tmp_path / "new" / "folder" / name).read_bytes())
+
+    draw("a.png")
+    thread = threading.Thread(target=draw, args=("b.png",))
+    thread.start()
+    thread.join()
+    assert len(contents) == 2
+    assert contents[0] == contents[1]
+    assert contents[0].startswith(b"\x89PNG")
+    assert b"Software" not in contents[0]
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["a.png", "b.png"]
+    assert dict(matplotlib.rcParams) == settings
+
+
+def test_a_failed_save_keeps_the_old_file_and_leaves_no_rest(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "loss.png"
+    path.write_bytes(b"old")
+    figure = figures.loss_curve({"COCO": [(1, 2.0)]})
+
+    def write_half_and_fail(target: Path, **_: object) -> None:
+        target.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(figure, "savefig", write_half_and_fail)
+    with pytest.raises(OSError, match="No space"):
+        figures.save(figure, path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"loss.png": b"old"}
+    with pytest.raises(UserError, match=r"PNG files, not .*loss\.svg"):
+        figures.save(figure, tmp_path / "loss.svg")

@@ -1,0 +1,124 @@
+"""From a name to a network that maps uint8 images to embeddings: timm, and a neck of our own.
+
+Legend: N images, C channels, H x W pixels, F width of the pooled output, D width of the embedding.
+"""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.layers import BatchNormAct2d
+from timm.models import register_model
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from trainer.batchnorm import use_global_statistics
+from trainer.config import BackboneConfig
+from trainer.errors import UserError
+from trainer.networks import LENETPP_INPUT, LeNetPP
+
+
+@register_model
+def lenetpp(pretrained: bool = False, **kwargs: int) -> LeNetPP:
+    """Build LeNet++ by ``timm.create_model("lenetpp")``."""
+    known = {key: value for key, value in kwargs.items() if key in ("in_chans", "img_size")}
+    return LeNetPP(**known)
+
+
+class Backbone(nn.Module):
+    """Pixels 0..255 -> normalised pixels -> timm network -> neck -> embeddings."""
+
+    mean_C11: Tensor
+    std_C11: Tensor
+
+    def __init__(
+        self, network: nn.Module, neck: nn.Module, dim: int, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self.network, self.neck, self.dim = network, neck, dim
+        self.register_buffer("mean_C11", 255.0 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std_C11", 255.0 * torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Return N x D embeddings of N x C x H x W uint8 images."""
+        dtype = next(self.network.parameters()).dtype
+        x_NCHW = ((images_NCHW.float() - self.mean_C11.float()) / self.std_C11.float()).to(dtype)
+        return self.neck(self.network(x_NCHW))
+
+
+def build_backbone(config: BackboneConfig, group: ProcessGroup) -> Backbone:
+    """Build the network that the configuration names; communicates only while training (batch norm).
+
+    Raises UserError for what timm does not know or cannot do.
+    """
+    if not timm.is_model(config.name):
+        near = difflib.get_close_matches(config.name, timm.list_models(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"backbone.name: timm has no model {config.name!r}{hint}")
+    defaults = input_defaults(config.name)
+    options: dict = {"in_chans": config.channels, "num_classes": 0}
+    if config.image_size is not None and defaults.get("fixed_input_size", False):
+        options["img_size"] = config.image_size
+    if config.drop_path:
+        options["drop_path_rate"] = config.drop_path
+    try:
+        network: Any = timm.create_model(config.name, pretrained=config.pretrained, **options)
+        if config.gradient_checkpointing:
+            network.set_grad_checkpointing(True)
+    except (
+        Exception
+    ) as error:  # timm and the hub raise whatever they like; what the user asked for is in `config`
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"backbone: cannot build {config.name!r} as configured: {reason}") from error
+    width = int(getattr(network, "head_hidden_size", None) or network.num_features)
+    mean = _per_channel(config.mean or defaults.get("mean", (0.5,)), config.channels)
+    std = _per_channel(config.std or defaults.get("std", (0.5,)), config.channels)
+    backbone = Backbone(network, _build_neck(config, width), config.embedding_dim or width, mean, std)
+    if config.batch_norm == "global":
+        use_global_statistics(backbone, group, activated=BatchNormAct2d)
+    return backbone
+
+
+def input_defaults(name: str) -> dict:
+    """Return what timm says about a model's input: ``input_size`` (C, H, W), ``mean``, ``std``."""
+    if name == "lenetpp":
+        return dict(LENETPP_INPUT)
+    pretrained = timm.get_pretrained_cfg(name)
+    return pretrained.to_dict() if pretrained is not None else {}
+
+
+def image_size_of(config: BackboneConfig) -> int:
+    """Return the side of the square input in pixels. Raises UserError if neither config nor timm knows."""
+    size = config.image_size or input_defaults(config.name).get("input_size", (0, 0, 0))[-1]
+    if not size:
+        raise UserError(f"backbone.image_size: timm gives none for {config.name!r}; name it")
+    return int(size)
+
+
+def _build_neck(config: BackboneConfig, width: int) -> nn.Module:
+    """Build the layers between the pooled output (F = ``width``) and the embedding (D)."""
+    if config.neck == "none":
+        if config.embedding_dim not in (None, width):
+            raise UserError(
+                f"backbone.embedding_dim: is {config.embedding_dim}, but {config.name} without a neck gives {width}"
+            )
+        return nn.Identity()
+    dim = config.embedding_dim or width
+    linear = nn.Linear(width, dim)
+    nn.init.xavier_uniform_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    layers: list[nn.Module] = [nn.Dropout(config.dropout), linear]
+    if config.neck in ("bn_linear", "bn_linear_bn"):
+        layers.insert(0, nn.BatchNorm1d(width))
+    if config.neck == "bn_linear_bn":
+        layers.append(nn.BatchNorm1d(dim))
+    return nn.Sequential(*layers)
+
+
+def _per_channel(values: Sequence[float], channels: int) -> Sequence[float]:
+    """Repeat one value per channel, or average three for a grey image."""
+    if len(values) == channels:
+        return values
+    return [sum(values) / len(values)] * channels

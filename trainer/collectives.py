@@ -1,0 +1,110 @@
+"""Every tensor that travels between ranks in a step, each with its gradient.
+
+Whoever wants to know what a step sends reads this file. All functions are collective: *every* rank of
+``group`` must call them, in the same order. Legend: N rows of this rank, B = N * ranks, any further
+dimensions are written ``...``.
+"""
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp
+
+T = TypeVar("T")
+
+# torch 2.14 renamed the two and warns about the old names; aarch64 is still on 2.9.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class _GatherBatch(torch.autograd.Function):
+    """Forward: all-gather rows. Backward: reduce-scatter the sum, the exact adjoint of the gather."""
+
+    @staticmethod
+    def forward(ctx: Any, x_N: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        x_B = x_N.new_empty((x_N.shape[0] * group.size(), *x_N.shape[1:]))
+        _all_gather_single(x_B, x_N.contiguous(), group=group)
+        return x_B
+
+    @staticmethod
+    def backward(ctx: Any, grad_B: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        grad_N = grad_B.new_empty((grad_B.shape[0] // ctx.group.size(), *grad_B.shape[1:]))
+        _reduce_scatter_single(grad_N, grad_B.contiguous(), group=ctx.group)
+        return grad_N, None
+
+
+class _UndoRankAverage(torch.autograd.Function):
+    """Forward: identity. Backward: times the number of ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x_N: Tensor, num_ranks: int) -> Tensor:
+        ctx.num_ranks = num_ranks
+        return x_N.view_as(x_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad_N * ctx.num_ranks, None
+
+
+def gather_batch(x_N: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the rows of all ranks, (N, ...) -> (B, ...), in rank order; N must be equal on all ranks.
+
+    Each rank gets the same B rows. In backward rank r gets the sum over ranks of the gradients of *its*
+    rows, so a loss whose parts live on different ranks is differentiated exactly.
+    """
+    return _GatherBatch.apply(x_N, group)
+
+
+def undo_rank_average(x_N: Tensor, group: ProcessGroup) -> Tensor:
+    """Return x unchanged and multiply its gradient by the number of ranks R.
+
+    The one home of this factor. The loss L is already the mean over the *global* batch, so the backbone's
+    gradient is the sum of the ranks' parts, dL/dw = sum_r dL/df_r df_r/dw. DeepSpeed averages the parts,
+    1/R sum_r; R times the gradient of the embeddings gives the sum. AdamW would hide a wrong factor;
+    ``tests/test_engine.py`` pins it with SGD. Communicates nothing.
+    """
+    return _UndoRankAverage.apply(x_N, group.size())
+
+
+def sum_over(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the sum over ranks, the same on each; any shape and type; no gradient."""
+    total = x.detach().clone()
+    dist.all_reduce(total, ReduceOp.SUM, group=group)
+    return total
+
+
+def max_over(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the element-wise maximum over ranks, the same on each; no gradient."""
+    total = x.detach().clone()
+    dist.all_reduce(total, ReduceOp.MAX, group=group)
+    return total
+
+
+def concatenate_over(x_N: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the rows of all ranks in rank order, N may differ between them; no gradient.
+
+    Costs one extra all-reduce for the lengths and pads to the longest while travelling.
+    """
+    lengths = torch.zeros(group.size(), dtype=torch.int64, device=x_N.device)
+    lengths[group.rank()] = x_N.shape[0]
+    lengths = sum_over(lengths, group)
+    longest = int(lengths.max())
+    padded = x_N.new_zeros((longest, *x_N.shape[1:]))
+    padded[: x_N.shape[0]] = x_N
+    gathered = gather_batch(padded.detach(), group).unflatten(0, (group.size(), longest))
+    return torch.cat([rows[:n] for rows, n in zip(gathered, lengths.tolist(), strict=True)])
+
+
+def from_main(value: T, group: ProcessGroup) -> T:
+    """Return rank 0's value, a small plain Python object, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=group)
+    return box[0]
+
+
+def wait_for_all(group: ProcessGroup) -> None:
+    """Return when every rank has come here."""
+    dist.barrier(group=group)

@@ -1,0 +1,111 @@
+"""Which rank am I, on which device, with whom: the process group of a run.
+
+Launched by ``deepspeed``, ``torchrun``, ``srun`` or plain ``python`` (one rank), on CPU (gloo) or any
+accelerator torch knows (NCCL on NVIDIA): this is the one place that asks.
+"""
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup, distributed_c10d
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The ranks of a run as one of them sees it."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    group: ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes logs and draws figures."""
+        return self.rank == 0
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """True where bfloat16 is native on an accelerator; on CPU it saves no time in most layers."""
+        return self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Most memory this rank has held: of its accelerator, or of the process on CPU."""
+        if self.device.type == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return torch.accelerator.max_memory_allocated()
+
+
+@contextmanager
+def joined_world(timeout_seconds: float) -> Iterator[World]:
+    """Join the process group, and leave it when all went well. Every rank must call it.
+
+    After an exception the group is left alone: other ranks may be in another collective, and waiting for
+    them is how a failed run hangs.
+    """
+    _read_slurm()
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed wants to find it there
+    # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    device = _device(local_rank)
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    if size == 1:  # no launcher: no address to meet at, none needed
+        where: dict = {"store": dist.HashStore()}
+    else:
+        where = {"init_method": "env://"}
+    dist.init_process_group(
+        dist.get_default_backend_for_device(device),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_seconds),
+        **where,
+    )
+    group = distributed_c10d._get_default_group()
+    yield World(
+        rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device, group=group
+    )
+    dist.destroy_process_group()
+
+
+def bound_all_groups(timeout_seconds: float) -> None:
+    """Give every process group the same timeout. Call it on all ranks once all groups exist.
+
+    DeepSpeed makes groups of its own and leaves them torch's default of half an hour: a lost host would
+    hang the run that long.
+    """
+    # Public since torch 2.14, private before.
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    for group in list(distributed_c10d._world.pg_map):
+        set_timeout(timedelta(seconds=timeout_seconds), group)
+
+
+def _device(local_rank: int) -> torch.device:
+    """Return this rank's device; ``DS_ACCELERATOR=cpu`` (DeepSpeed's own switch) keeps a GPU host on CPU."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed must come to the same conclusion
+        return torch.device("cpu")
+    torch.accelerator.set_device_index(local_rank)
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    return torch.device(accelerator.type, local_rank)
+
+
+def _read_slurm() -> None:
+    """Translate srun's variables; MASTER_ADDR and MASTER_PORT come from the batch script."""
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        os.environ["LOCAL_WORLD_SIZE"] = os.environ["SLURM_NTASKS_PER_NODE"]

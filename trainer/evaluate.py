@@ -1,0 +1,168 @@
+"""Judging a model on test sets: all ranks embed, all share the comparisons, every rank gets the same numbers.
+
+Two protocols: *classification* of classes the head knows, by its own rows, and *verification* of classes it
+has never seen: are two images of the same class, and is the nearest neighbour?
+
+Legend: N images of a set, B of a batch over all ranks, D width of the embedding, C classes of this rank.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from trainer import figures, metrics
+from trainer.augment import build_eval_transform
+from trainer.backbone import image_size_of
+from trainer.collectives import concatenate_over, gather_batch, sum_over
+from trainer.config import Config
+from trainer.data import Batch, EvalLoader, build_eval_loader
+from trainer.distributed import World
+from trainer.errors import UserError
+from trainer.head import target_and_other
+from trainer.shards import Index, open_index
+
+Embed = Callable[[Tensor], Tensor]
+"""uint8 images of this rank -> embeddings; must not need gradients."""
+
+_FAR_NAMES = {1e-1: "1e-1", 1e-2: "1e-2", 1e-3: "1e-3", 1e-4: "1e-4"}
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """What a model made of one test set."""
+
+    name: str
+    metrics: dict[str, float]
+    """``eval/<set>/<metric>`` -> value."""
+    embeddings_ND: Tensor
+    """On the CPU, in the order of the set's index; not normalised."""
+    labels_N: Tensor
+    class_names: tuple[str, ...]
+    verification: metrics.Verification | None
+
+
+class TestSets:
+    """The test sets of a configuration, opened once; the loaders' processes live as long as this object."""
+
+    def __init__(self, config: Config, world: World, num_classes: int | None) -> None:
+        self.world = world
+        self._sets: list[tuple[str, str, Index, EvalLoader]] = []
+        transform = build_eval_transform(image_size=image_size_of(config.backbone))
+        for protocol, folders in (
+            ("classification", config.eval.classification),
+            ("verification", config.eval.verification),
+        ):
+            for name, folder in folders.items():
+                index = open_index(folder, f"eval.{protocol}.{name}")
+                if (
+                    protocol == "classification"
+                    and num_classes is not None
+                    and index.num_classes > num_classes
+                ):
+                    raise UserError(
+                        f"eval.classification.{name}: {folder} has labels up to {index.num_classes - 1}, "
+                        f"the head has {num_classes} classes"
+                    )
+                loader = build_eval_loader(
+                    index,
+                    transform,
+                    channels=config.backbone.channels,
+                    batch_size=_per_world(config.eval.batch_size, world.size),
+                    rank=world.rank,
+                    world_size=world.size,
+                    workers=config.data.workers,
+                )
+                self._sets.append((name, protocol, index, loader))
+
+    def evaluate(self, embed: Embed, head: Any) -> Iterator[SetResult]:
+        """Yield the result of every set. Every rank must go through all of them."""
+        for name, protocol, index, loader in self._sets:
+            embeddings_ND, labels_N = _embed_all(embed, loader, self.world)
+            verification = None
+            if protocol == "classification":
+                values = _classify(embeddings_ND, labels_N, head)
+            else:
+                verification, values = _verify(F.normalize(embeddings_ND), labels_N, self.world)
+            yield SetResult(
+                name=name,
+                metrics={f"eval/{name}/{key}": value for key, value in values.items()},
+                embeddings_ND=embeddings_ND.cpu(),
+                labels_N=labels_N.cpu(),
+                class_names=tuple(index.class_names),
+                verification=verification,
+            )
+
+
+def figures_of(results: Iterable[SetResult], title: str) -> Iterator[tuple[str, Figure]]:
+    """Yield (name, picture) of what results show: features if they have 2 or 3 dimensions, cosines, ROC."""
+    curves = {}
+    for result in results:
+        if result.embeddings_ND.shape[1] in (2, 3):
+            scatter = figures.feature_scatter(
+                result.embeddings_ND, result.labels_N, result.class_names, f"{title}: {result.name}"
+            )
+            yield f"features-{result.name}", scatter
+        features_ND = F.normalize(result.embeddings_ND)
+        yield f"cosines-{result.name}", figures.cosine_histogram(features_ND, result.labels_N, title)
+        if result.verification is not None:
+            curves[result.name] = result.verification
+    if curves:
+        yield "roc", figures.roc(curves)
+
+
+def _per_world(batch_size: int, world_size: int) -> int:
+    """Round up so that every rank gets equally many."""
+    return -(-batch_size // world_size) * world_size
+
+
+@torch.no_grad()
+def _embed_all(embed: Embed, loader: Iterable[Batch], world: World) -> tuple[Tensor, Tensor]:
+    """Return embeddings (N x D, float32) and labels of a whole set, on every rank."""
+    embeddings, labels = [], []
+    for batch in loader:
+        own_D = embed(batch.images_NCHW.to(world.device)).float()
+        valid_B = gather_batch(batch.valid_N.to(world.device), world.group)
+        embeddings.append(gather_batch(own_D, world.group)[valid_B])
+        labels.append(gather_batch(batch.labels_N.to(world.device), world.group)[valid_B])
+    return torch.cat(embeddings), torch.cat(labels)
+
+
+@torch.no_grad()
+def _classify(embeddings_ND: Tensor, labels_N: Tensor, head: Any) -> dict[str, float]:
+    """Return loss and accuracy by the head's own scores, and accuracy by its nearest unit row."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    for embeddings_BD, labels_B in zip(embeddings_ND.split(1024), labels_N.split(1024), strict=True):
+        output = head.of_embeddings(embeddings_BD, labels_B)
+        cosine_BC = F.normalize(embeddings_BD) @ head.directions_CD().T
+        target_B, other_B = target_and_other(cosine_BC, labels_B, head.shard, head.group)
+        means = [output.loss, output.metrics["accuracy"], (target_B > other_B).float().mean()]
+        sums += len(labels_B) * torch.stack(means).double().cpu()
+    loss, accuracy, nearest_centroid = (sums / len(labels_N)).tolist()
+    intra, inter = metrics.intra_inter_cosine(F.normalize(embeddings_ND), labels_N)
+    return {
+        "loss": loss,
+        "accuracy": accuracy,
+        "nearest_centroid": nearest_centroid,
+        "cosine_intra": intra,
+        "cosine_inter": inter,
+    }
+
+
+def _verify(
+    features_ND: Tensor, labels_N: Tensor, world: World
+) -> tuple[metrics.Verification, dict[str, float]]:
+    part = (world.rank, world.size)
+    total = partial(sum_over, group=world.group)
+    gather = partial(concatenate_over, group=world.group)
+    found = metrics.verification(features_ND, labels_N, part=part, total=total, gather=gather)
+    values = {"auc": found.auc, "best_accuracy": found.best_accuracy, "eer": found.eer}
+    values |= {f"tar@far={_FAR_NAMES[far]}": tar for far, tar in found.tar_at_far.items()}
+    ranks = metrics.identification(features_ND, labels_N, part=part, total=total)
+    values |= {key: value for key, value in ranks.items() if key.startswith("rank")}
+    return found, values

@@ -1,0 +1,190 @@
+"""A run from configuration to result: ``train()`` on one screen."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import torch
+
+from trainer.augment import build_train_transform
+from trainer.backbone import image_size_of
+from trainer.checkpoint import Checkpoints
+from trainer.collectives import sum_over
+from trainer.config import Config
+from trainer.data import Batch, build_train_loader
+from trainer.distributed import World, joined_world
+from trainer.errors import UserError
+from trainer.evaluate import SetResult, TestSets, figures_of
+from trainer.joint import JointStep, StepOutput
+from trainer.log import RunLog, Throughput
+from trainer.order import Position, fold
+from trainer.schedule import lr_at
+from trainer.shards import Index, open_index
+from trainer.sheet import as_text, run_sheet
+from trainer.state import TrainState, build_state, resume, save
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient is not a number; raised by every rank in the same step."""
+
+
+def train(config: Config) -> dict[str, float]:
+    """Train from ``config``, going on from the run's newest checkpoint; return the final test metrics.
+
+    Every rank must call it. Raises UserError for what the user can mend, and NonFiniteError.
+    """
+    with joined_world(config.engine.timeout_seconds) as world:
+        index = open_index(config.data.train, "data.train")
+        config = with_derived_fields(config, index)
+        checkpoints = Checkpoints(config.run_folder / "checkpoints", config.checkpoint.keep_last, world.group)
+        state = build_state(config, world)
+        resume(state, config, checkpoints, index.fingerprint)
+        test_sets = TestSets(config, world, state.head.shard.num_classes)
+        update = build_step(state, config, world)
+        batches = build_batches(config, index, world, state.position)
+
+        with RunLog(config, is_main=world.is_main, start_step=state.step) as log_run:
+            log_run.sheet(as_text(run_sheet(config, world, index, state.head, state.step)))
+            throughput, results = Throughput(), None
+            while state.step < log_run.total_steps:
+                asked = time.perf_counter()
+                batch, position = next(batches)
+                throughput.count(config.data.batch_size, waited_seconds=time.perf_counter() - asked)
+
+                torch.manual_seed(
+                    fold(config.seed, state.step, world.rank)
+                )  # dropout; the same after a resume
+                lr = learning_rate(config, state.step)
+                out = update(batch.images_NCHW.to(world.device), batch.labels_N.to(world.device), lr)
+                require_finite(out, config, state.step)
+                state.step, state.position = state.step + 1, position
+
+                if log_run.is_due(state.step, config.log.every_steps):
+                    log_run.add({f"train/{name}": value for name, value in out.metrics.items()})
+                    log_run.add({"train/lr": lr, "train/grad_norm": out.grad_norm, **throughput.read()})
+                    log_run.add({"perf/memory_gib": world.peak_memory_bytes / 2**30})
+                if config.data.log_batch_digest:
+                    log_run.add({"data/batch_digest": batch_digest(batch, world)})
+                if log_run.is_due(state.step, config.eval.every_steps):
+                    results = evaluate(state, test_sets)
+                    log_run.add(metrics_of(results))
+                log_run.write(state.step)
+                if log_run.is_due(state.step, config.checkpoint.every_steps):
+                    save(state, config, checkpoints, index.fingerprint)
+
+            results = results or evaluate(state, test_sets)  # the run may have been complete before
+            for name, figure in figures_of(results, config.run_folder.name) if world.is_main else ():
+                log_run.figure(name, figure, state.step)
+            log_run.finish(state.step, metrics_of(results))
+        return metrics_of(results)
+
+
+def with_derived_fields(config: Config, index: Index) -> Config:
+    """Fill in what the data decides: number of classes, number of steps. Raises UserError."""
+    num_classes = config.head.num_classes or index.num_classes
+    if index.num_classes > num_classes:
+        raise UserError(
+            f"head.num_classes: is {num_classes}, but data.train has label {index.num_classes - 1} "
+            f"({config.data.train})"
+        )
+    steps_per_epoch = index.num_samples // config.data.batch_size
+    if steps_per_epoch == 0:
+        raise UserError(
+            f"data.batch_size: {config.data.batch_size} is more than the {index.num_samples} images "
+            f"of {config.data.train}"
+        )
+    steps = config.optim.steps or max(1, round(steps_per_epoch * (config.optim.epochs or 0)))
+    return dataclasses.replace(
+        config,
+        head=dataclasses.replace(config.head, num_classes=num_classes),
+        optim=dataclasses.replace(config.optim, steps=steps, epochs=None),
+    )
+
+
+def build_step(state: TrainState, config: Config, world: World) -> JointStep:
+    """Build the function that trains on one batch."""
+    return JointStep(
+        state.engine,
+        state.head,
+        state.head_optimizer,
+        group=world.group,
+        clip_norm=config.optim.clip_norm,
+        head_lr_multiplier=config.head.lr_multiplier,
+    )
+
+
+def build_batches(
+    config: Config, index: Index, world: World, start: Position
+) -> Iterator[tuple[Batch, Position]]:
+    """Build the endless iterator over this rank's training batches from ``start`` on."""
+    augment = config.augment
+    transform = build_train_transform(
+        image_size=image_size_of(config.backbone),
+        crop_scale=augment.crop_scale,
+        flip_probability=augment.flip,
+        rotate_degrees=augment.rotate_degrees,
+        shift_fraction=augment.shift,
+        scale_range=augment.zoom,
+        color_jitter=augment.color_jitter,
+        erase_probability=augment.erase,
+    )
+    return build_train_loader(
+        index,
+        transform,
+        channels=config.backbone.channels,
+        global_batch=config.data.batch_size,
+        accumulation=config.engine.accumulation_steps,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+        workers=config.data.workers,
+        start=start,
+        with_digests=config.data.log_batch_digest,
+    )
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Return the learning rate of step ``step`` (from 0)."""
+    optim = config.optim
+    assert optim.steps is not None
+    return lr_at(
+        step,
+        peak=optim.lr,
+        total_steps=optim.steps,
+        warmup_steps=optim.warmup_steps,
+        shape=optim.schedule,
+        final_fraction=optim.final_lr,
+    )
+
+
+def require_finite(out: StepOutput, config: Config, step: int) -> None:
+    """Raise NonFiniteError, on every rank in the same step since all see the same global numbers.
+
+    In float16 a gradient that overflows is skipped by design, and the loss scale lowered.
+    """
+    overflow = not out.applied and config.engine.dtype != "float16"
+    if overflow or not torch.isfinite(out.metrics["loss"]):
+        raise NonFiniteError(
+            f"step {step + 1}: loss {float(out.metrics['loss'])}, gradient norm {out.grad_norm}; "
+            "no weight was changed. Try a lower optim.lr, optim.clip_norm or more optim.warmup_steps"
+        )
+
+
+def batch_digest(batch: Batch, world: World) -> str:
+    """Return a hash of the global batch's positions, pixels and labels, equal for any number of ranks."""
+    assert batch.digests_N is not None
+    total = sum_over(batch.digests_N.sum().to(world.device), world.group)
+    return f"{int(total) % 2**64:016x}"
+
+
+def evaluate(state: TrainState, test_sets: TestSets) -> list[SetResult]:
+    """Judge the model on all test sets; every rank must call it."""
+    state.engine.eval()
+    results = list(test_sets.evaluate(state.engine, state.head))
+    state.engine.train()
+    return results
+
+
+def metrics_of(results: list[SetResult]) -> dict[str, float]:
+    """Return all metrics of all sets."""
+    return {name: value for result in results for name, value in result.metrics.items()}

@@ -1,0 +1,132 @@
+"""TrainState, all that changes while training: made from a configuration, saved, restored."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from trainer import checkpoint
+from trainer.backbone import build_backbone
+from trainer.checkpoint import Checkpoints
+from trainer.config import Config, to_dict
+from trainer.distributed import World
+from trainer.engine import build_engine, load_state, state_numbers, state_tensors
+from trainer.errors import UserError
+from trainer.head import ClassShard, CocoHead, SoftmaxHead
+from trainer.log import log
+from trainer.optimizer import allocate_state, build_optimizer, parameter_groups
+from trainer.order import Position
+from trainer.scale import scale_of
+
+# A checkpoint is of another model, or of other data, if one of these differs.
+_IDENTITY = (
+    "seed", "backbone.name", "backbone.channels", "backbone.neck", "backbone.embedding_dim", "loss.name",
+    "head.num_classes", "head.scale", "optim.name",
+)  # fmt: skip
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while training, and nothing else: what a checkpoint holds."""
+
+    engine: Any
+    head: CocoHead | SoftmaxHead
+    head_optimizer: Optimizer
+    step: int = 0
+    position: Position = field(default_factory=Position)
+
+
+def build_state(config: Config, world: World) -> TrainState:
+    """Build backbone, head and optimizers from the seed; every rank must call it."""
+    torch.manual_seed(config.seed)
+    backbone = build_backbone(config.backbone, world.group)
+    head = build_head(config, world, backbone.dim)
+    head_optimizer = build_optimizer(config.optim, parameter_groups(head, config.head.weight_decay))
+    allocate_state(head_optimizer)
+    return TrainState(build_engine(config, backbone, world), head, head_optimizer)
+
+
+def build_head(config: Config, world: World, dim: int) -> CocoHead | SoftmaxHead:
+    """Build this rank's part of the head on its device; communicates nothing. Raises UserError."""
+    assert config.head.num_classes is not None
+    num_classes = config.head.num_classes
+    if num_classes < world.size:
+        raise UserError(f"head.num_classes: {num_classes} classes cannot be cut over {world.size} ranks")
+    shard = ClassShard.of_rank(num_classes, world.rank, world.size)
+    if config.loss.name == "softmax":
+        head: CocoHead | SoftmaxHead = SoftmaxHead(shard, dim, seed=config.seed, group=world.group)
+    else:
+        scale = scale_of(config.head.scale, num_classes)
+        head = CocoHead(shard, dim, scale=scale, seed=config.seed, group=world.group)
+    return head.to(world.device)
+
+
+def save(state: TrainState, config: Config, checkpoints: Checkpoints, fingerprint: str) -> None:
+    """Write a checkpoint; every rank must call it. ``fingerprint`` is that of the training data."""
+    record = {
+        "position": dataclasses.asdict(state.position),
+        "numbers": state_numbers(state.engine),
+        "data_fingerprint": fingerprint,
+        "config": to_dict(config),
+    }
+    path = checkpoints.save(
+        state.step,
+        record,
+        backbone=dict(state_tensors(state.engine)),
+        head=checkpoint.head_tensors(state.head, state.head_optimizer),
+        shard=state.head.shard,
+    )
+    log.info("saved %s", path)
+
+
+def resume(state: TrainState, config: Config, checkpoints: Checkpoints, fingerprint: str) -> None:
+    """Restore the state as ``checkpoint.resume`` says; every rank must call it. Raises UserError.
+
+    1. a path: that checkpoint;  2. "auto": the run's newest, if there is one;  3. "never": none, and the
+    folder must not hold any, since they would be mixed with the new run's.
+    """
+    newest = checkpoints.newest()
+    if config.checkpoint.resume == "never":
+        if newest is not None:
+            raise UserError(
+                f"checkpoint.resume: never, but {newest} exists; choose another run.name or remove it"
+            )
+        return
+    path = newest if config.checkpoint.resume == "auto" else Path(config.checkpoint.resume)
+    if path is None:
+        return
+    record = checkpoint.read_record(path)
+    _check_same_model(path, record, config, fingerprint)
+    load_state(state.engine, checkpoint.read_tensors(path / "backbone.safetensors"), record["numbers"], path)
+    rows = checkpoint.read_rows(path, state.head.shard)
+    checkpoint.load_head(state.head, state.head_optimizer, rows, int(record["numbers"]["optimizer_steps"]))
+    state.step, state.position = record["step"], Position(**record["position"])
+    log.info("resumed from %s", path)
+
+
+def _check_same_model(path: Path, record: dict[str, Any], config: Config, fingerprint: str) -> None:
+    """Refuse a checkpoint of another model or other data; tell what else was changed."""
+    before, now = _flat(record["config"]), _flat(to_dict(config))
+    for name in _IDENTITY:
+        if before.get(name) != now[name]:
+            raise UserError(
+                f"{path}: checkpoint of another model: {name} was {before.get(name)!r}, is {now[name]!r}"
+            )
+    if record["data_fingerprint"] != fingerprint:
+        raise UserError(
+            f"{path}: data.train: {config.data.train} is not the data this checkpoint was trained on"
+        )
+    for name in sorted(now.keys() | before.keys()):
+        if before.get(name) != now.get(name):
+            log.info("changed since the checkpoint: %s was %r, is %r", name, before.get(name), now.get(name))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {"section.field": value}."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
