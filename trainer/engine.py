@@ -5,14 +5,18 @@ DeepSpeed would broadcast and average its rows, which are different classes on e
 """
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import deepspeed
-import deepspeed.ops
 import torch
 from torch import Tensor
+
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else the import below warns that it found no GPU
+import deepspeed
+import deepspeed.ops
 
 from trainer.backbone import Backbone
 from trainer.config import Config

@@ -25,6 +25,7 @@ from trainer.data import Batch, EvalLoader, build_eval_loader
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.head import target_and_other
+from trainer.metrics import Verification
 from trainer.shards import Index, open_index
 
 Embed = Callable[[Tensor], Tensor]
@@ -44,7 +45,7 @@ class SetResult:
     """On the CPU, in the order of the set's index; not normalised."""
     labels_N: Tensor
     class_names: tuple[str, ...]
-    verification: metrics.Verification | None
+    verification: Verification | None
 
 
 class TestSets:
@@ -156,7 +157,7 @@ def _classify(embeddings_ND: Tensor, labels_N: Tensor, head: Any) -> dict[str, f
 
 def _verify(
     features_ND: Tensor, labels_N: Tensor, world: World
-) -> tuple[metrics.Verification, dict[str, float]]:
+) -> tuple[Verification, dict[str, float]]:
     part = (world.rank, world.size)
     total = partial(sum_over, group=world.group)
     gather = partial(concatenate_over, group=world.group)

@@ -47,7 +47,7 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
     try:
         config = from_dict(tree)
     except InvalidConfigError as error:
-        raise UserError("; ".join(_explain(e) for e in _one_per_field(error.errors))) from None
+        raise UserError("; ".join(_explain(*found) for found in _per_field(error.errors).items())) from None
     check_across_fields(config)
     return config
 
@@ -102,7 +102,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: must hold sections with fields, not {type(tree).__name__}")
@@ -122,16 +122,16 @@ def _set(tree: dict[str, Any], override: str) -> None:
         tree = node
     try:
         tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         raise UserError(f"{name}: not a YAML value: {text!r} ({' '.join(str(error).split())})") from None
 
 
-def _one_per_field(errors: list[Any]) -> list[Any]:
-    """Keep the first report of each field: pydantic makes one for every branch of a union."""
-    first: dict[str, Any] = {}
+def _per_field(errors: list[Any]) -> dict[str, list[Any]]:
+    """Group the reports by field: pydantic makes one for every branch of a union."""
+    found: dict[str, list[Any]] = {}
     for error in errors:
-        first.setdefault(_path(error["loc"]), error)
-    return list(first.values())
+        found.setdefault(_path(error["loc"]), []).append(error)
+    return found
 
 
 def _path(loc: tuple[Any, ...]) -> str:
@@ -147,30 +147,25 @@ def _path(loc: tuple[Any, ...]) -> str:
     return ".".join(parts)
 
 
-def _explain(error: Any) -> str:
-    path = _path(error["loc"])
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+def _explain(path: str, errors: list[Any]) -> str:
+    """Return what is wrong with one field."""
+    kind, value, loc = errors[0]["type"], errors[0]["input"], errors[0]["loc"]
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         names = [f"{n}.{f}" for n, c in sections() for f, *_ in fields(c)] + list(field_infos(Config))
         return f"{path}: unknown field{_did_you_mean(path, names)}"
-    if error["type"] == "missing":
+    if kind == "missing" and len(loc) == path.count(".") + 1:  # else an element of the value is missing
         return f"{path}: is required; give it in the YAML file or as {path}=VALUE"
-    union = _union_type(path)
-    expected = f"expected {union}" if union else error["msg"][:1].lower() + error["msg"][1:]
-    return f"{path}: {expected}, got {error['input']!r}"
-
-
-def _union_type(path: str) -> str:
-    """Return the type of a union field, of which pydantic describes only one branch at a time."""
-    name, _, field = path.partition(".")
-    info = field_infos(dict(sections()).get(name, Config)).get(field or name)
-    is_union = info and typing.get_origin(info.annotation) in (types.UnionType, typing.Union)
-    return _type_name(info) if info and is_union else ""
+    if kind == "dataclass_type":
+        return f"{path}: is a section with fields, got {value!r}"
+    reasons = dict.fromkeys(e["msg"][:1].lower() + e["msg"][1:] for e in errors)
+    return f"{path}: {' or '.join(reasons)}, got {value!r}"
 
 
 def _did_you_mean(path: str, names: list[str]) -> str:
-    """Suggest the nearest field; one with the same last word in another section counts as near."""
+    """Suggest the field with the same last word in another section, else the one spelled most alike."""
     same_word = [n for n in names if n.rpartition(".")[2] == path.rpartition(".")[2]]
-    near = difflib.get_close_matches(path, names, n=1, cutoff=0.6) or same_word[:1]
+    near = difflib.get_close_matches(path, same_word, n=1, cutoff=0.0)
+    near = near or difflib.get_close_matches(path, names, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
 

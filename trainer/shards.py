@@ -13,6 +13,7 @@ that imports webdataset. Array names end in their dimension: N samples.
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
@@ -26,7 +27,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import webdataset
 from numpy.typing import NDArray
 
 from trainer.errors import UserError
@@ -256,7 +256,7 @@ def build_index(folder: Path, class_names: Sequence[str] | None = None) -> Index
         "num_samples": len(labels_N),
         "num_classes": num_classes,
         "class_statistics": _class_statistics(labels_N, num_classes),
-        "tool": f"coco-trainer index {VERSION}, webdataset {webdataset.__version__}",
+        "tool": f"coco-trainer index {VERSION}, webdataset {importlib.metadata.version('webdataset')}",
         "shards": [dataclasses.asdict(shard) for shard in shards],
         "class_names": list(class_names),
     }
@@ -328,6 +328,8 @@ def _check_end(path: Path, file: BinaryIO, end: int) -> None:
 def _write_tars(
     samples: Iterable[tuple[bytes, str, int]], folder: Path, prefix: str, samples_per_shard: int
 ) -> None:
+    import webdataset  # here, because it imports torch: seconds that reading and --help need not spend
+
     open_file: list[BinaryIO] = []
 
     def open_shard(name: str) -> BinaryIO:
@@ -336,10 +338,9 @@ def _write_tars(
         return open_file[-1]
 
     def finish_shard(_: str) -> None:
-        file = open_file.pop()
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
+        with open_file.pop() as file:
+            file.flush()
+            os.fsync(file.fileno())
 
     # Two packs of the same data are the same bytes: webdataset's default time stamp is the clock.
     fixed = {"mtime": 0, "user": "", "group": "", "mode": 0o444, "encoder": False}

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from trainer.errors import UserError
 from trainer.order import epoch_order
@@ -36,7 +36,7 @@ OMNIGLOT_EVALUATION = (
 """The 20 alphabets (659 characters) that the authors keep for evaluation; the other 30 are background."""
 # fmt: on
 
-_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ def shuffled(source: Source, seed: int = 0) -> Iterator[tuple[bytes, str, int]]:
 
 
 def image_folder(root: Path) -> Source:
-    """Return the images below ``root``; a class is a folder of them, named by its path from ``root``.
+    """Return the images below ``root``; a class is a folder, named by its path from ``root``.
 
-    Hidden files are ignored, files that are no images are counted. Raises UserError for a class folder without
-    images, and for an image that lies outside of any class folder.
+    Hidden files are ignored, files that are no images are counted. Raises UserError for a class folder
+    without images, and for an image that lies outside of any class folder.
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder")
@@ -147,8 +147,9 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     for name, subfolders, files in os.walk(root, followlinks=True, onerror=fail):
         folder = Path(name)
         subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+        around = [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
         for link in (folder / s for s in subfolders if (folder / s).is_symlink()):
-            if link.resolve() in (folder.resolve(), *folder.resolve().parents):
+            if link.resolve() in [parent.resolve() for parent in around]:
                 raise UserError(f"{link} is a symbolic link to a folder around it")
         yield folder, subfolders, sorted(f for f in files if not f.startswith("."))
 
@@ -190,12 +191,21 @@ def _as_png(content: bytes, where: str) -> bytes:
     """Encode the first frame of any image as PNG, without loss."""
     try:
         with Image.open(io.BytesIO(content)) as image:
-            if image.mode == "F":
-                raise ValueError("floating point pixels have no fixed range")
             image.load()
+            if image.mode == "F" or (image.mode == "I" and not _fits_16_bits(image)):
+                raise ValueError(f"pixels of mode {image.mode} have no fixed range")
+            if image.mode.startswith("I"):
+                return _png_bytes(image.convert("I;16"))
             return _png_bytes(image if image.mode in _PNG_MODES else image.convert("RGB"))
+    except UnidentifiedImageError:
+        raise UserError(f"{where}: cannot decode: not an image") from None
     except Exception as error:  # PIL raises nearly anything on broken bytes
         raise UserError(f"{where}: cannot decode: {' '.join(str(error).split())}") from None
+
+
+def _fits_16_bits(image: Image.Image) -> bool:
+    pixels = np.asarray(image)
+    return bool(pixels.min() >= 0 and pixels.max() < 1 << 16)
 
 
 def _png_bytes(image: Image.Image) -> bytes:

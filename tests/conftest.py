@@ -1,0 +1,19 @@
+"""The machine the tests see: CPU only, one thread per process, compiled operators out of the home folder.
+
+Set on import, before any test imports torch; the ranks of tests/ranks.py inherit it.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+_OPERATORS = tempfile.TemporaryDirectory(prefix="torch-extensions-")  # removed when pytest ends
+
+os.environ.update(
+    DS_ACCELERATOR="cpu",
+    CUDA_VISIBLE_DEVICES="",
+    OMP_NUM_THREADS="1",
+    TORCH_EXTENSIONS_DIR=_OPERATORS.name,
+    # The server that forks the ranks finds `trainer` by this alone (Python 3.11 gives it no sys.path).
+    PYTHONPATH=os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
+)

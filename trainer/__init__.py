@@ -1,0 +1,41 @@
+"""Exact class-parallel training of recognition models: the map.
+
+A module imports only modules of lower levels; ``tests/test_architecture.py`` reads this drawing and checks
+it. In brackets: the heavy package that only this module imports. Start reading at ``loop``, then ``head``.
+
+level 5
+    loop           a run from configuration to result: train() on one screen
+level 4
+    state          all that changes while training: built, saved, restored
+    sheet          what a run is about to do, told before it starts
+level 3
+    engine         the backbone's engine, its configuration and its state [deepspeed]
+    joint          one optimizer step of two parts: backbone inside the engine, head outside
+    checkpoint     a run on disk: whole or absent, read on any number of ranks
+    evaluate       a model on test sets: all ranks embed, all share the comparisons
+    log            what a run tells: console, metrics.jsonl, log.txt and W&B [wandb]
+level 2
+    options        YAML and command line to Config and back; help and reference page [yaml]
+    backbone       a name to a network from images to embeddings [timm]
+    data           batches from an index, the same on any number of ranks and workers
+    optimizer      the optimizer of backbone and head, its state allocated at once
+    figures        pictures of an evaluation and of a run [matplotlib]
+level 1
+    config         every option of a run: typed, checked, documented once [pydantic]
+    head           the class-parallel head: exact softmax over rows cut over the ranks
+    batchnorm      batch norm over the images of all ranks
+    metrics        how good features are: accuracy, verification, identification
+    shards         data shards (tars) and the index that finds any sample [webdataset]
+    sources        where images come from before they are packed
+level 0
+    collectives    every tensor that travels between ranks in a step, with its gradient [torch.distributed]
+    distributed    which rank am I, on which device, with whom [torch.distributed]
+    augment        from the bytes of an image to the tensor that is sent to the device
+    order          in which order samples are seen: a function of seed and epoch
+    networks       networks of the papers that timm does not have
+    scale          the scale alpha of the cosine softmax: its rules
+    schedule       the learning rate by step
+    errors         the one error that is the user's to mend
+"""
+
+__version__ = "0.1.0"

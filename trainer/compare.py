@@ -1,0 +1,100 @@
+"""Finished runs side by side: the same test sets, one table, one picture."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer import figures
+from trainer.backbone import Backbone, build_backbone
+from trainer.checkpoint import complete_checkpoints, load_head, read_rows, read_tensors
+from trainer.config import Config
+from trainer.distributed import World, joined_world
+from trainer.errors import UserError
+from trainer.evaluate import SetResult, TestSets, figures_of
+from trainer.head import CocoHead, SoftmaxHead
+from trainer.options import load
+from trainer.state import build_head
+
+
+def compare(folders: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, dict[str, float]]:
+    """Evaluate the newest checkpoint of every run; return folder -> metrics. Every rank must call it.
+
+    Rank 0 draws the first run's pictures, and the features of all runs side by side, into the first run's
+    ``figures`` folder. Raises UserError for a folder without configuration or checkpoint.
+    """
+    configs = [load(folder / "config.yaml", overrides) for folder in folders]
+    with joined_world(configs[0].engine.timeout_seconds) as world:
+        found = {
+            str(folder): evaluate_run(folder, config, world)
+            for folder, config in zip(folders, configs, strict=True)
+        }
+        if world.is_main:
+            _draw(found, folders[0] / "figures")
+    return {
+        folder: {name: value for result in results for name, value in result.metrics.items()}
+        for folder, results in found.items()
+    }
+
+
+def evaluate_run(folder: Path, config: Config, world: World) -> list[SetResult]:
+    """Return the results of a run's newest checkpoint; every rank must call it. No DeepSpeed needed."""
+    backbone, head = load_model(folder, config, world)
+    test_sets = TestSets(config, world, head.shard.num_classes)
+    return list(test_sets.evaluate(backbone, head))
+
+
+def load_model(folder: Path, config: Config, world: World) -> tuple[Backbone, CocoHead | SoftmaxHead]:
+    """Build backbone and this rank's part of the head from a run's newest checkpoint, for evaluation."""
+    found = complete_checkpoints(folder / "checkpoints")
+    if not found:
+        raise UserError(f"{folder}: holds no complete checkpoint")
+    backbone = build_backbone(config.backbone, world.group).to(world.device).eval()
+    tensors = read_tensors(found[-1] / "backbone.safetensors")
+    state = {
+        name.partition(".")[2]: value
+        for name, value in tensors.items()
+        if name.startswith(("parameter.", "buffer."))
+    }
+    try:
+        backbone.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{found[-1]}: checkpoint of another model: {' '.join(str(error).split())}") from None
+    head = build_head(config, world, backbone.dim)
+    load_head(head, None, read_rows(found[-1], head.shard))
+    return backbone, head
+
+
+def table(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """Return a table for people: one row per run and test set, one column per metric."""
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for run, values in metrics.items():
+        for name, value in values.items():
+            _, test_set, metric = name.split("/", 2)
+            rows.setdefault((run, test_set), {})[metric] = value
+    columns = list(dict.fromkeys(metric for values in rows.values() for metric in values))
+    drawn = Table("run", "test set", *columns)
+    for (run, test_set), values in rows.items():
+        drawn.add_row(run, test_set, *(f"{values[c]:.4f}" if c in values else "" for c in columns))
+    text = io.StringIO()
+    Console(file=text, width=40 + 18 * len(columns)).print(drawn)
+    return text.getvalue()
+
+
+def _draw(found: Mapping[str, Sequence[SetResult]], folder: Path) -> None:
+    """Draw the first run, and the features of every test set side by side over the runs."""
+    first = next(iter(found))
+    for name, figure in figures_of(found[first], Path(first).name):
+        figures.save(figure, folder / f"{name}.png")
+    if len(found) == 1:
+        return
+    for results in zip(*found.values(), strict=True):
+        if all(result.embeddings_ND.shape[1] in (2, 3) for result in results):
+            panels = {
+                Path(run).name: (result.embeddings_ND, result.labels_N)
+                for run, result in zip(found, results, strict=True)
+            }
+            figure = figures.feature_scatter_pair(panels, results[0].class_names)
+            figures.save(figure, folder / f"features-{results[0].name}-compared.png")
