@@ -194,7 +194,6 @@ def test_a_network_is_that_of_one_process_on_the_whole_batch(
     for key, expected in reference[network].items():
         found = whole(key, [result[network][key] for result in results[num_ranks]])
         floor = error_of(reference[f"{network} float32"][key].double(), expected)
-        print(num_ranks, network, key, floor, error_of(found, expected))
         # Sums in another order than one process in float32 makes them, no more.
         assert error_of(found, expected) < 3 * floor + 1e-6, (key, floor)
 

@@ -5,6 +5,7 @@ it. In brackets: the heavy package that only this module imports. Start reading 
 
 level 5
     loop           a run from configuration to result: train() on one screen
+    compare        finished runs side by side: one table, one picture
 level 4
     state          all that changes while training: built, saved, restored
     sheet          what a run is about to do, told before it starts

@@ -1,0 +1,76 @@
+"""Starting the real entry points as a user does, on free ports, with an end to every wait."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+
+@dataclass
+class Finished:
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.stderr.splitlines() if line.startswith("error:")]
+
+
+class Started:
+    """A command in a process group of its own, so that everything it started ends with it."""
+
+    def __init__(self, *command: str | Path, cwd: Path = REPOSITORY, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [str(part) for part in command],
+            cwd=cwd,
+            env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+    def wait(self, timeout: float = 180) -> Finished:
+        try:
+            stdout, stderr = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            stdout, stderr = self.process.communicate()
+            raise AssertionError(
+                f"still running after {timeout} s:\n{stdout[-3000:]}\n{stderr[-3000:]}"
+            ) from None
+        return Finished(self.process.returncode, stdout, stderr)
+
+
+def start_train(ranks: int, *overrides: str, launcher: str = "deepspeed", **environment: str) -> Started:
+    """Start launch/train.py on so many ranks: by the named launcher, or plain python for one."""
+    script = REPOSITORY / "launch" / "train.py"
+    if ranks == 1:
+        return Started(sys.executable, script, *overrides, **environment)
+    if launcher == "torchrun":
+        port = ("--master-port", str(free_port()), "--nproc-per-node", str(ranks))
+        return Started(BIN / "torchrun", *port, script, *overrides, **environment)
+    options = ("--num_gpus", str(ranks), "--master_port", str(free_port()))
+    return Started(BIN / "deepspeed", *options, script, *overrides, **environment)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def read_metrics(run_folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
