@@ -29,7 +29,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per run on stdout")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     folders = [Path(text) for text in arguments.runs if "=" not in text]
     overrides = [text for text in arguments.runs if "=" in text]
     if not folders:

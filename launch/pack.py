@@ -21,6 +21,7 @@ from rich.progress import track
 from launch._main import run
 from trainer import shards, sources
 from trainer.errors import UserError
+from trainer.index import Index, is_packed, open_index
 
 
 class Job(NamedTuple):
@@ -102,13 +103,13 @@ def list_jobs(options: argparse.Namespace) -> list[Job]:
 
 def is_kept(folder: Path, options: argparse.Namespace) -> bool:
     """Say whether the folder is complete and shall stay as it is."""
-    return options.if_missing and shards.is_packed(folder)
+    return options.if_missing and is_packed(folder)
 
 
 def pack(job: Job, options: argparse.Namespace) -> dict[str, Any]:
     """Write one folder, with a progress bar on stderr, and return its summary."""
     if is_kept(job.out, options):
-        return summary(shards.open_index(job.out, "OUT"), written=False)
+        return summary(open_index(job.out, "OUT"), written=False)
     source = job.build_source()
     samples = track(sources.shuffled(source), f"packing {job.out}", len(source), console=Console(stderr=True))
     packed = shards.write_shards(
@@ -124,15 +125,15 @@ def pack(job: Job, options: argparse.Namespace) -> dict[str, Any]:
 def index(options: argparse.Namespace) -> dict[str, Any]:
     """Index the tars of a folder and return its summary."""
     if is_kept(options.folder, options):
-        return summary(shards.open_index(options.folder, "FOLDER"), written=False)
-    if shards.is_packed(options.folder) and not options.overwrite:
+        return summary(open_index(options.folder, "FOLDER"), written=False)
+    if is_packed(options.folder) and not options.overwrite:
         raise UserError(
             f"{options.folder} already has an index; --overwrite replaces it, --if-missing keeps it"
         )
     return summary(shards.build_index(options.folder), written=True)
 
 
-def summary(packed: shards.Index, written: bool) -> dict[str, Any]:
+def summary(packed: Index, written: bool) -> dict[str, Any]:
     """Return what is in a folder."""
     return {
         "path": str(packed.folder),

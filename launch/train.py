@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with sections and fields")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="one field each")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # overrides may stand on both sides of --config
     config = load(arguments.config, arguments.overrides)
 
     import os

@@ -20,7 +20,7 @@ from torch.distributed import TCPStore
 from trainer.distributed import joined_world
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["trainer.loop"])
+_server.set_forkserver_preload(["trainer.state", "trainer.joint"])
 
 
 class RankError(AssertionError):

@@ -30,7 +30,7 @@ DOORS = {
 }
 # Names of types that other modules may import through a door, to say what they take and return.
 TYPES = {"matplotlib.figure": {"Figure"}, "torch.distributed": {"ProcessGroup"}}
-WITHOUT_TORCH = ("errors", "config", "options", "order", "scale", "schedule", "shards", "sources")
+WITHOUT_TORCH = ("errors", "config", "options", "order", "scale", "schedule", "index", "shards", "sources")
 
 
 def drawing() -> dict[str, tuple[int, tuple[str, ...]]]:

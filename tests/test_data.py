@@ -13,8 +13,9 @@ from PIL import Image
 from trainer.augment import build_eval_transform, build_train_transform
 from trainer.data import Batch, build_eval_loader, build_train_loader
 from trainer.errors import UserError
+from trainer.index import open_index
 from trainer.order import Position, epoch_order
-from trainer.shards import open_index, write_shards
+from trainer.shards import write_shards
 
 NUM_SAMPLES = 53
 SIZE = 8

@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
     pack = Started(
-        "python", "launch/pack.py", "imagefolder", root / "images", root / "packed", "--json"
+        sys.executable, "launch/pack.py", "imagefolder", root / "images", root / "packed", "--json"
     ).wait()
     assert pack.code == 0, pack.stderr
     return root
@@ -74,9 +74,9 @@ def test_deepspeed_on_two_ranks_learns_and_leaves_its_files(two_ranks: Path) -> 
     assert (
         json.loads((two_ranks / "done.json").read_text())["eval/same/accuracy"] == last["eval/same/accuracy"]
     )
-    names = ("train/lr", "train/accuracy", "train/cosine_target", "train/cosine_nearest_other", "train/grad_norm",
-             "perf/images_per_second", "perf/data_wait_fraction", "perf/step_seconds", "perf/memory_gib")  # fmt: skip
-    assert all(name in last for name in names)
+    training = ("lr", "accuracy", "cosine_target", "cosine_nearest_other", "grad_norm")
+    performance = ("images_per_second", "data_wait_fraction", "step_seconds", "memory_gib")
+    assert last.keys() >= {f"train/{name}" for name in training} | {f"perf/{name}" for name in performance}
 
 
 def test_offline_wandb_run_holds_the_same_metrics(two_ranks: Path) -> None:

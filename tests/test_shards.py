@@ -3,7 +3,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import tarfile
 
 import numpy as np
@@ -11,9 +10,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from trainer import shards
 from trainer.errors import UserError
-from trainer.shards import build_index, open_index, write_shards
+from trainer.index import VERSION, is_packed
+from trainer.shards import build_index, write_shards
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -46,33 +45,22 @@ def packed(tmp_path):
     return write_shards(make_samples(10), tmp_path / "out", NAMES, samples_per_shard=4)
 
 
-def test_index_reads_back_what_was_written(packed):
-    assert [(shard.name, shard.n) for shard in packed.shards] == [
-        ("data-000000.tar", 4),
-        ("data-000001.tar", 4),
-        ("data-000002.tar", 2),
-    ]
+def test_what_was_written_is_read_back(packed):
     assert packed.num_samples == 10
     assert packed.num_classes == 3
     assert packed.class_names == ("ant", "bee", "cat")
     assert packed.labels_N.tolist() == [0, 1] * 5
     assert [packed.read(i) for i in range(10)] == [png(i) for i in range(10)]
-    assert packed.locate(7)[0] == "data-000001.tar"
-    assert packed.describe(7) == f"{packed.field}: shard data-000001.tar, sample 000000007.png"
     assert packed.class_statistics == {"min": 0, "mean": 10 / 3, "max": 5, "empty": 1}
 
 
 def test_index_json_says_what_the_shards_are(packed):
     head = json.loads((packed.folder / "index" / "index.json").read_text())
-    assert head["version"] == shards.VERSION
+    assert head["version"] == VERSION
     assert head["num_samples"] == 10
     for shard in head["shards"]:
         content = (packed.folder / shard["name"]).read_bytes()
         assert (shard["bytes"], shard["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
-
-
-def test_columns_are_memory_mapped(packed):
-    assert all(isinstance(c, np.memmap) for c in (packed.offsets_N, packed.lengths_N, packed.labels_N))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
@@ -100,32 +88,6 @@ def test_fingerprint_changes_with_an_image_a_label_and_the_order(tmp_path):
     assert len(prints) == 4
 
 
-def test_index_survives_pickling_and_forking(packed):
-    packed.read(0)
-    copy = pickle.loads(pickle.dumps(packed))
-    assert copy.field == packed.field
-    assert copy.read(9) == png(9)
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if [packed.read(i) for i in range(10)] == [png(i) for i in range(10)] else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    assert packed.read(3) == png(3)
-
-
-def num_open_tars() -> int:
-    descriptors = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
-    return sum(os.path.islink(d) and os.readlink(d).endswith(".tar") for d in descriptors)
-
-
-def test_more_shards_than_open_files_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "MAX_OPEN_FILES", 2)
-    packed = write_shards(make_samples(5), tmp_path / "out", NAMES, samples_per_shard=1)
-    assert [packed.read(i) for i in (0, 1, 2, 0, 4, 3)] == [png(i) for i in (0, 1, 2, 0, 4, 3)]
-    assert num_open_tars() == 2
-    del packed
-    assert num_open_tars() == 0
-
-
 def test_interrupted_pack_leaves_nothing_that_looks_complete(tmp_path):
     def broken():
         yield from make_samples(5)
@@ -134,7 +96,7 @@ def test_interrupted_pack_leaves_nothing_that_looks_complete(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         write_shards(broken(), out, NAMES, samples_per_shard=2)
-    assert not shards.is_packed(out)
+    assert not is_packed(out)
     assert not list(out.glob("*.tar"))
     assert write_shards(make_samples(3), out, NAMES).num_samples == 3
     assert sorted(p.name for p in out.iterdir()) == ["data-000000.tar", "index"]
@@ -172,58 +134,6 @@ def test_taken_folder_is_refused(packed, tmp_path):
         write_shards(make_samples(3), orphans, NAMES)
 
 
-@pytest.mark.parametrize(
-    "damage", ["missing folder", "no index", "shard missing", "shard cut", "version", "json"]
-)
-def test_open_index_refuses_in_one_line_what_is_not_whole(packed, tmp_path, damage):
-    folder, head = packed.folder, packed.folder / "index" / "index.json"
-    shard = folder / "data-000001.tar"
-    if damage == "missing folder":
-        folder, expected = tmp_path / "nowhere", f"data.train: {tmp_path / 'nowhere'} does not exist"
-    elif damage == "no index":
-        head.unlink()
-        expected = f"data.train: {folder} has no index; run python launch/pack.py index {folder}"
-    elif damage == "shard missing":
-        shard.unlink()
-        expected = f"data.train: shard {shard} is missing"
-    elif damage == "shard cut":
-        size = shard.stat().st_size
-        os.truncate(shard, size - 512)
-        expected = f"data.train: shard {shard} has {size - 512} bytes, its index says {size}"
-    elif damage == "version":
-        head.write_text(head.read_text().replace('"version": 1', '"version": 99'))
-        expected = f"data.train: the index of {folder} is broken (it has version 99, this code reads 1); make"
-    else:
-        head.write_text("{")
-        expected = f"data.train: the index of {folder} is broken ("
-    with pytest.raises(UserError) as caught:
-        open_index(folder, "data.train")
-    assert str(caught.value).startswith(expected)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("column", ["offset", "length", "label"])
-def test_open_index_refuses_a_column_of_another_data_set(packed, column):
-    np.save(packed.folder / "index" / f"{column}.npy", np.zeros(9, dtype=shards.ARRAYS[column]))
-    with pytest.raises(UserError, match=f"{column}.npy is int"):
-        open_index(packed.folder, "data.train")
-
-
-def test_open_index_never_unpickles(packed):
-    np.save(packed.folder / "index" / "label.npy", np.array([print] * 10, dtype=object), allow_pickle=True)
-    with pytest.raises(UserError, match="is broken"):
-        open_index(packed.folder, "data.train")
-
-
-def test_shard_that_shrinks_while_open_is_a_short_read(packed):
-    os.truncate(packed.folder / "data-000002.tar", packed.locate(8)[1] + 10)
-    index = packed
-    with pytest.raises(
-        UserError, match=r"shard data-000002.tar, sample 000000008.png: cannot read: 10 of \d+ bytes"
-    ):
-        index.read(8)
-
-
 def test_foreign_shards_are_indexed_whatever_their_names(tmp_path):
     long_name = "../" * 40 + "very/" * 30 + "image.JPEG"
     write_tar(
@@ -253,6 +163,20 @@ def test_indexing_again_keeps_class_names_and_fingerprint(packed):
     again = build_index(packed.folder)
     assert again.class_names == packed.class_names
     assert again.fingerprint == packed.fingerprint
+
+
+def test_indexing_again_after_a_shard_has_changed_keeps_class_names(packed, tmp_path):
+    other = write_shards(make_samples(12), tmp_path / "other", NAMES)
+    (other.folder / "data-000000.tar").replace(packed.folder / "data-000001.tar")
+    again = build_index(packed.folder)
+    assert (again.num_samples, again.class_names) == (18, packed.class_names)
+    assert again.read(4) == png(0)
+
+
+def test_broken_index_is_not_replaced_because_its_class_names_would_be_lost(packed):
+    (packed.folder / "index" / "index.json").write_text("{")
+    with pytest.raises(UserError, match=rf"is broken \(.*\); delete {packed.folder}/index and make it again"):
+        build_index(packed.folder)
 
 
 def test_shard_cut_anywhere_is_refused_by_name(tmp_path):
@@ -303,7 +227,7 @@ def test_samples_that_are_not_image_and_label_are_refused_by_name(tmp_path, memb
     with pytest.raises(UserError) as caught:
         build_index(tmp_path)
     assert message in str(caught.value)
-    assert not shards.is_packed(tmp_path)
+    assert not is_packed(tmp_path)
 
 
 def test_folders_without_shards_and_labels_without_names_are_refused(tmp_path):
@@ -324,4 +248,4 @@ def test_full_disk_is_reported_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="out: cannot write data shards: No space left on device"):
         write_shards(make_samples(2), tmp_path / "out", NAMES)
-    assert not shards.is_packed(tmp_path / "out")
+    assert not is_packed(tmp_path / "out")

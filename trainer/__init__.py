@@ -19,6 +19,7 @@ level 2
     options        YAML and command line to Config and back; help and reference page [yaml]
     backbone       a name to a network from images to embeddings [timm]
     data           batches from an index, the same on any number of ranks and workers
+    shards         data shards: written as tars, or indexed where they are [webdataset]
     optimizer      the optimizer of backbone and head, its state allocated at once
     figures        pictures of an evaluation and of a run [matplotlib]
 level 1
@@ -26,7 +27,7 @@ level 1
     head           the class-parallel head: exact softmax over rows cut over the ranks
     batchnorm      batch norm over the images of all ranks
     metrics        how good features are: accuracy, verification, identification
-    shards         data shards (tars) and the index that finds any sample [webdataset]
+    index          where every sample of a packed data set lies: found with one read
     sources        where images come from before they are packed
 level 0
     collectives    every tensor that travels between ranks in a step, with its gradient [torch.distributed]

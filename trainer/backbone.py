@@ -22,7 +22,9 @@ from trainer.networks import LENETPP_INPUT, LeNetPP
 
 @register_model
 def lenetpp(pretrained: bool = False, **kwargs: int) -> LeNetPP:
-    """Build LeNet++ by ``timm.create_model("lenetpp")``."""
+    """Build LeNet++ by ``timm.create_model("lenetpp")``. Raises ValueError for what it does not have."""
+    if pretrained or "drop_path_rate" in kwargs:
+        raise ValueError("there are neither published weights nor stochastic depth")
     known = {key: value for key, value in kwargs.items() if key in ("in_chans", "img_size")}
     return LeNetPP(**known)
 
@@ -82,10 +84,16 @@ def build_backbone(config: BackboneConfig, group: ProcessGroup) -> Backbone:
 
 
 def input_defaults(name: str) -> dict:
-    """Return what timm says about a model's input: ``input_size`` (C, H, W), ``mean``, ``std``."""
+    """Return what timm says about a model's input: ``input_size`` (C, H, W), ``mean``, ``std``.
+
+    Raises UserError for a tag (what follows the dot) that timm does not know.
+    """
     if name == "lenetpp":
         return dict(LENETPP_INPUT)
-    pretrained = timm.get_pretrained_cfg(name)
+    try:
+        pretrained = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise UserError(f"backbone.name: {error}") from error
     return pretrained.to_dict() if pretrained is not None else {}
 
 
@@ -102,7 +110,8 @@ def _build_neck(config: BackboneConfig, width: int) -> nn.Module:
     if config.neck == "none":
         if config.embedding_dim not in (None, width):
             raise UserError(
-                f"backbone.embedding_dim: is {config.embedding_dim}, but {config.name} without a neck gives {width}"
+                f"backbone.embedding_dim: is {config.embedding_dim}, but {config.name} without a neck "
+                f"gives {width}"
             )
         return nn.Identity()
     dim = config.embedding_dim or width

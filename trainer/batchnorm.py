@@ -13,33 +13,45 @@ from torch.distributed import ProcessGroup
 from trainer.collectives import gather_batch, sum_over
 
 
-class _Normalise(torch.autograd.Function):
-    """(x - mean) / std over all ranks. One all-gather forward, one all-reduce backward, 2 C numbers each."""
+class _NormaliseGlobally(torch.autograd.Function):
+    """Batch norm with statistics over all ranks, on torch's own kernels, which one rank alone uses too.
+
+    Forward all-gathers, backward all-reduces 2 C numbers. Gradients of weight and bias are this rank's part.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-        dims = [d for d in range(x.ndim) if d != 1]
-        local_var_C, local_mean_C = torch.var_mean(x, dims, correction=0)
-        # Equal counts on all ranks: the variance is the mean of variances plus the variance of means.
-        var_RC, mean_RC = gather_batch(torch.stack([local_var_C, local_mean_C])[None], group).unbind(1)
+    def forward(
+        ctx: Any, x: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, eps: float, group: ProcessGroup
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _, mean_C, inverse_std_C = torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps)
+        var_C = inverse_std_C.pow(-2) - eps
+        var_RC, mean_RC = gather_batch(torch.stack([var_C, mean_C])[None], group).unbind(1)
         mean_C = mean_RC.mean(0)
-        var_C = (var_RC + (mean_RC - mean_C).square()).mean(0)
-        scale_C = torch.rsqrt(var_C + eps)
-        ctx.group, ctx.dims = group, dims
-        y = (x - _along(mean_C, x)).mul_(_along(scale_C, x))
-        ctx.save_for_backward(y, scale_C)
+        # Equal counts on all ranks: the variance is the mean of variances plus the variance of means.
+        var_C = (var_RC + (mean_RC - mean_C).square()).mean(0).clamp_(min=0.0)
+        y, *_ = torch.native_batch_norm(x, weight_C, bias_C, mean_C, var_C, False, 0.0, eps)
+        ctx.group, ctx.eps = group, eps
+        ctx.save_for_backward(x, weight_C, mean_C, var_C)
         ctx.mark_non_differentiable(mean_C, var_C)
         return y, mean_C, var_C
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        y, scale_C = ctx.saved_tensors
-        count = y.numel() // y.shape[1] * ctx.group.size()
-        sums_2C = torch.stack([grad.sum(ctx.dims), (grad * y).sum(ctx.dims)])
-        mean_C, slope_C = sum_over(sums_2C, ctx.group) / count
-        # scale * (grad - mean(grad) - y mean(grad y))
-        grad_x = torch.addcmul(grad - _along(mean_C, y), y, _along(slope_C, y), value=-1)
-        return grad_x.mul_(_along(scale_C, y)), None, None
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight_C, mean_C, var_C = ctx.saved_tensors
+        # With the statistics taken as constants: scale * grad, sum(grad y^), sum(grad), y^ normalised x.
+        grad_x, dot_C, sum_C = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight_C, mean_C, var_C, None, None, False, ctx.eps, [True, True, True]
+        )
+        count = x.numel() // x.shape[1] * ctx.group.size()
+        mean_dot_C, mean_grad_C = sum_over(torch.stack([dot_C, sum_C]), ctx.group) / count
+        # What the statistics add: - scale * (mean(grad) + y^ mean(grad y^)), linear in x.
+        inverse_std_C = torch.rsqrt(var_C + ctx.eps)
+        scale_C = inverse_std_C if weight_C is None else inverse_std_C * weight_C
+        slope_C = scale_C * mean_dot_C * inverse_std_C
+        offset_C = scale_C * mean_grad_C - slope_C * mean_C
+        grad_x = torch.addcmul(grad_x, x, _along(slope_C, x), value=-1).sub_(_along(offset_C, x))
+        parts = (None, None) if weight_C is None else (dot_C, sum_C)
+        return grad_x, *parts, None, None
 
 
 def use_global_statistics(model: nn.Module, group: ProcessGroup, activated: type[nn.Module]) -> None:
@@ -71,11 +83,10 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Normalise N x C x ... ."""
         if not self.training:
             return super().forward(x)
-        y, mean_C, var_C = _Normalise.apply(x.float(), self.eps, self.group)
+        weight_C, bias_C = (self.weight.float(), self.bias.float()) if self.affine else (None, None)
+        y, mean_C, var_C = _NormaliseGlobally.apply(x.float(), weight_C, bias_C, self.eps, self.group)
         if self.running_mean is not None and self.running_var is not None:
             self._remember(mean_C, var_C, x.numel() // x.shape[1] * self.group.size())
-        if self.affine:
-            y = torch.addcmul(_along(self.bias.float(), y), y, _along(self.weight.float(), y))
         return y.to(x.dtype)
 
     @torch.no_grad()

@@ -15,11 +15,13 @@ Everything is written into ``.tmp-step-...`` and renamed once all ranks are done
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -41,7 +43,7 @@ class Checkpoints:
         self.folder, self.keep_last, self.group = folder, keep_last, group
 
     def newest(self) -> Path | None:
-        """Return the newest complete checkpoint, the same on every rank: rank 0 looks, the others are told."""
+        """Return the newest complete checkpoint, the same on every rank: rank 0 looks and tells."""
         found = complete_checkpoints(self.folder) if self.group.rank() == 0 else []
         return from_main(found[-1] if found else None, self.group)
 
@@ -91,6 +93,8 @@ def read_record(path: Path) -> dict[str, Any]:
         record = json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a checkpoint: {error}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: not a checkpoint: state.json holds no object")
     if record.get("format") != FORMAT:
         raise UserError(f"{path}: checkpoint format {record.get('format')}, this version reads {FORMAT}")
     return record
@@ -98,11 +102,8 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of one safetensors file. Raises UserError naming the file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except Exception as error:  # safetensors raises its own type, OSError or RuntimeError
-        raise UserError(f"{path}: cannot read: {error}") from None
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
 
 def read_rows(path: Path, shard: ClassShard) -> dict[str, Tensor]:
@@ -112,8 +113,10 @@ def read_rows(path: Path, shard: ClassShard) -> dict[str, Tensor]:
     """
     parts: dict[str, list[tuple[int, Tensor]]] = {}
     for part in sorted(path.glob("head-*.safetensors")):
-        with safe_open(part, framework="pt") as file:
-            rows = {key: int(value) for key, value in file.metadata().items()}
+        with _opened(part) as file:
+            rows = {key: int(value) for key, value in (file.metadata() or {}).items()}
+            if rows.keys() != {"start", "stop", "num_classes"}:
+                raise UserError(f"{part}: does not say which rows of the head it holds")
             if rows["num_classes"] != shard.num_classes:
                 raise UserError(
                     f"{path}: holds {rows['num_classes']} classes, this run has {shard.num_classes}"
@@ -151,6 +154,16 @@ def load_head(
             optimizer.state[parameter][key].copy_(tensors[f"optimizer.{key}.{name}"])
     if optimizer:
         set_steps_taken(optimizer, steps)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file. Raises UserError naming it if it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot read: {error}") from None
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -64,7 +64,7 @@ def undo_rank_average(x_N: Tensor, group: ProcessGroup) -> Tensor:
     The one home of this factor. The loss L is already the mean over the *global* batch, so the backbone's
     gradient is the sum of the ranks' parts, dL/dw = sum_r dL/df_r df_r/dw. DeepSpeed averages the parts,
     1/R sum_r; R times the gradient of the embeddings gives the sum. AdamW would hide a wrong factor;
-    ``tests/test_engine.py`` pins it with SGD. Communicates nothing.
+    ``tests/test_joint.py`` pins it with SGD. Communicates nothing.
     """
     return _UndoRankAverage.apply(x_N, group.size())
 

@@ -12,7 +12,7 @@ import hashlib
 import struct
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from trainer.augment import Transform, decode, random_state_kept, seed_generators
 from trainer.errors import UserError
+from trainer.index import Index
 from trainer.order import Position, epoch_order, rank_positions, sample_key
-from trainer.shards import Index
 
 PADDING_LABEL = -1
 
@@ -78,16 +78,9 @@ def build_train_loader(
     """
     _check_batch(index, global_batch, accumulation, world_size)
     start = start.normalised(global_batch, index.num_samples)
-    loader = DataLoader(
-        _TrainSamples(index, transform, channels, rank, seed, with_digests),
-        batch_sampler=_TrainPlan(
-            index.num_samples, seed, global_batch, accumulation, rank, world_size, start
-        ),  # type: ignore[arg-type]  # any iterable of lists of items will do
-        num_workers=workers,
-        collate_fn=_collate,
-        generator=torch.Generator(),  # else the loader draws from the caller's
-    )
-    return _steps(iter(loader), start, global_batch, index.num_samples)
+    samples = _TrainSamples(index, transform, channels, rank, seed, with_digests)
+    plan = _TrainPlan(index.num_samples, seed, global_batch, accumulation, rank, world_size, start)
+    return _steps(iter(_loader(samples, plan, workers)), start, global_batch, index.num_samples)
 
 
 def build_eval_loader(
@@ -106,29 +99,16 @@ def build_eval_loader(
     batch rounded up to a multiple of the ranks), so collectives match; the end is padded with valid = False.
     The batches of all ranks, one after another, are a slice of the data set.
     """
-    return EvalLoader(index, transform, channels, batch_size, rank, world_size, workers)
+    samples = _EvalSamples(index, transform, channels, rank)
+    plan = _EvalPlan(index.num_samples, -(-batch_size // world_size), rank, world_size)
+    return EvalLoader(_loader(samples, plan, workers))
 
 
 class EvalLoader:
-    """Iterates over one pass, as often as asked."""
+    """Iterates over one pass, as often as asked. ``build_eval_loader`` makes one."""
 
-    def __init__(
-        self,
-        index: Index,
-        transform: Transform,
-        channels: int,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        workers: int,
-    ) -> None:
-        self._loader = DataLoader(
-            _EvalSamples(index, transform, channels, rank),
-            batch_sampler=_EvalPlan(index.num_samples, -(-batch_size // world_size), rank, world_size),  # type: ignore[arg-type]
-            num_workers=workers,
-            collate_fn=_collate,
-            generator=torch.Generator(),
-        )
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -218,6 +198,16 @@ class _EvalSamples(Dataset[_Sample | _Failure]):
         return _Sample(self.transform(image_CHW), label, valid, None)
 
 
+def _loader(samples: Dataset[Any], plan: Any, workers: int) -> DataLoader[Any]:
+    return DataLoader(
+        samples,
+        batch_sampler=plan,
+        num_workers=workers,
+        collate_fn=_collate,
+        generator=torch.Generator(),  # else the loader draws from the caller's
+    )
+
+
 def _read(index: Index, sample: int, channels: int, rank: int) -> Tensor | _Failure:
     try:
         return decode(index.read(sample), channels)
@@ -235,9 +225,8 @@ def _digest(item: _Item, image_CHW: Tensor, label: int) -> int:
 
 def _collate(samples: Sequence[_Sample | _Failure]) -> Batch | _Failure:
     good = [sample for sample in samples if isinstance(sample, _Sample)]
-    for sample in samples:
-        if isinstance(sample, _Failure):
-            return sample
+    if len(good) < len(samples):
+        return next(sample for sample in samples if isinstance(sample, _Failure))
     digests = [sample.digest for sample in good if sample.digest is not None]
     return Batch(
         images_NCHW=torch.stack([sample.image_CHW for sample in good]),

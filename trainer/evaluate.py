@@ -25,8 +25,8 @@ from trainer.data import Batch, EvalLoader, build_eval_loader
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.head import target_and_other
+from trainer.index import Index, open_index
 from trainer.metrics import Verification
-from trainer.shards import Index, open_index
 
 Embed = Callable[[Tensor], Tensor]
 """uint8 images of this rank -> embeddings; must not need gradients."""
@@ -155,9 +155,7 @@ def _classify(embeddings_ND: Tensor, labels_N: Tensor, head: Any) -> dict[str, f
     }
 
 
-def _verify(
-    features_ND: Tensor, labels_N: Tensor, world: World
-) -> tuple[Verification, dict[str, float]]:
+def _verify(features_ND: Tensor, labels_N: Tensor, world: World) -> tuple[Verification, dict[str, float]]:
     part = (world.rank, world.size)
     total = partial(sum_over, group=world.group)
     gather = partial(concatenate_over, group=world.group)

@@ -142,7 +142,7 @@ class Throughput:
 
 
 def configure_logging(folder: Path | None, rank: int) -> None:
-    """Send INFO of rank 0 to stderr (and folder/log.txt), warnings of the others with their rank. Call once."""
+    """Send INFO of rank 0 to stderr and folder/log.txt, warnings of others with their rank. Call once."""
     shape = logging.Formatter(
         "%(asctime)s %(message)s" if rank == 0 else f"[rank {rank}] %(message)s", "%H:%M:%S"
     )
@@ -182,6 +182,8 @@ def _start_wandb(config: Config) -> Any:
     if not identity.exists():
         identity.write_text(secrets.token_hex(4))
     try:
+        # Silent also means: never ask for a key, which on a terminal would wait for ever, all ranks with it.
+        wandb.setup(settings=wandb.Settings(silent=True))
         return wandb.init(
             project=config.log.wandb_project,
             name=config.run_folder.name,
@@ -190,7 +192,9 @@ def _start_wandb(config: Config) -> Any:
             mode=config.log.wandb,
             dir=config.run_folder,
             config=to_dict(config),
-            settings=wandb.Settings(silent=True, init_timeout=30, disable_git=True, save_code=False),
+            settings=wandb.Settings(
+                silent=True, init_timeout=15, finish_timeout=60, disable_git=True, save_code=False
+            ),
         )
     except Exception as error:  # the client raises many types; none may cost a training run
         log.warning("W&B is not available, going on without it: %s", " ".join(str(error).split()))

@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 
 import torch
 
@@ -15,11 +16,11 @@ from trainer.data import Batch, build_train_loader
 from trainer.distributed import World, joined_world
 from trainer.errors import UserError
 from trainer.evaluate import SetResult, TestSets, figures_of
+from trainer.index import Index, open_index
 from trainer.joint import JointStep, StepOutput
 from trainer.log import RunLog, Throughput
 from trainer.order import Position, fold
 from trainer.schedule import lr_at
-from trainer.shards import Index, open_index
 from trainer.sheet import as_text, run_sheet
 from trainer.state import TrainState, build_state, resume, save
 
@@ -43,7 +44,7 @@ def train(config: Config) -> dict[str, float]:
         update = build_step(state, config, world)
         batches = build_batches(config, index, world, state.position)
 
-        with RunLog(config, is_main=world.is_main, start_step=state.step) as log_run:
+        with closing(batches), RunLog(config, is_main=world.is_main, start_step=state.step) as log_run:
             log_run.sheet(as_text(run_sheet(config, world, index, state.head, state.step)))
             throughput, results = Throughput(), None
             while state.step < log_run.total_steps:
@@ -115,7 +116,7 @@ def build_step(state: TrainState, config: Config, world: World) -> JointStep:
 
 def build_batches(
     config: Config, index: Index, world: World, start: Position
-) -> Iterator[tuple[Batch, Position]]:
+) -> Generator[tuple[Batch, Position], None, None]:
     """Build the endless iterator over this rank's training batches from ``start`` on."""
     augment = config.augment
     transform = build_train_transform(

@@ -98,6 +98,10 @@ def resume(state: TrainState, config: Config, checkpoints: Checkpoints, fingerpr
     path = newest if config.checkpoint.resume == "auto" else Path(config.checkpoint.resume)
     if path is None:
         return
+    if newest is not None and path.resolve().parent == newest.resolve().parent and path.name < newest.name:
+        raise UserError(
+            f"checkpoint.resume: {path} is older than {newest}, which new ones would mix with; take another run.name"
+        )
     record = checkpoint.read_record(path)
     _check_same_model(path, record, config, fingerprint)
     load_state(state.engine, checkpoint.read_tensors(path / "backbone.safetensors"), record["numbers"], path)

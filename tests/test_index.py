@@ -1,0 +1,135 @@
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from trainer import index
+from trainer.errors import UserError
+from trainer.index import ARRAYS, open_index
+from trainer.shards import write_shards
+
+
+def image(i: int) -> bytes:
+    """An index does not look into images."""
+    return b"image %d " % i * (i + 1)
+
+
+def write(folder, count: int, samples_per_shard: int) -> index.Index:
+    samples = ((image(i), "png", i % 2) for i in range(count))
+    return write_shards(samples, folder, ["ant", "bee", "cat"], samples_per_shard)
+
+
+@pytest.fixture
+def packed(tmp_path):
+    return write(tmp_path / "out", 10, samples_per_shard=4)
+
+
+def test_sample_is_found_in_its_shard(packed):
+    assert [(shard.name, shard.n) for shard in packed.shards] == [
+        ("data-000000.tar", 4),
+        ("data-000001.tar", 4),
+        ("data-000002.tar", 2),
+    ]
+    for i in range(10):
+        name, offset = packed.locate(i)
+        assert name == packed.shards[i // 4].name
+        assert (packed.folder / name).read_bytes()[offset:].startswith(image(i) + b"\0")
+        assert packed.read(i) == image(i)
+        assert packed.describe(i) == f"{packed.field}: shard {name}, sample 00000000{i}.png"
+
+
+def test_columns_are_memory_mapped(packed):
+    assert all(isinstance(c, np.memmap) for c in (packed.offsets_N, packed.lengths_N, packed.labels_N))
+
+
+def test_index_survives_pickling_and_forking(packed):
+    packed.read(0)
+    copy = pickle.loads(pickle.dumps(packed))
+    assert copy.field == packed.field
+    assert copy.read(9) == image(9)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if [packed.read(i) for i in range(10)] == [image(i) for i in range(10)] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert packed.read(3) == image(3)
+
+
+def num_open_tars() -> int:
+    descriptors = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
+    return sum(os.path.islink(d) and os.readlink(d).endswith(".tar") for d in descriptors)
+
+
+def test_more_shards_than_open_files_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "MAX_OPEN_FILES", 2)
+    packed = write(tmp_path / "out", 5, samples_per_shard=1)
+    assert [packed.read(i) for i in (0, 1, 2, 0, 4, 3)] == [image(i) for i in (0, 1, 2, 0, 4, 3)]
+    assert num_open_tars() == 2
+    del packed
+    assert num_open_tars() == 0
+
+
+@pytest.mark.parametrize(
+    "damage", ["missing folder", "no index", "shard missing", "shard cut", "version", "json"]
+)
+def test_open_index_refuses_in_one_line_what_is_not_whole(packed, tmp_path, damage):
+    folder, head = packed.folder, packed.folder / "index" / "index.json"
+    shard = folder / "data-000001.tar"
+    if damage == "missing folder":
+        folder, expected = tmp_path / "nowhere", f"data.train: {tmp_path / 'nowhere'} does not exist"
+    elif damage == "no index":
+        head.unlink()
+        expected = f"data.train: {folder} has no index; run python launch/pack.py index {folder}"
+    elif damage == "shard missing":
+        shard.unlink()
+        expected = f"data.train: shard {shard} is missing"
+    elif damage == "shard cut":
+        size = shard.stat().st_size
+        os.truncate(shard, size - 512)
+        expected = f"data.train: shard {shard} has {size - 512} bytes, its index says {size}"
+    elif damage == "version":
+        head.write_text(head.read_text().replace('"version": 1', '"version": 99'))
+        expected = f"data.train: the index of {folder} is broken (it has version 99, this code reads 1); "
+    else:
+        head.write_text("{")
+        expected = f"data.train: the index of {folder} is broken ("
+    with pytest.raises(UserError) as caught:
+        open_index(folder, "data.train")
+    assert str(caught.value).startswith(expected)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("column", ["offset", "length", "label"])
+def test_open_index_refuses_a_column_of_another_data_set(packed, column):
+    np.save(packed.folder / "index" / f"{column}.npy", np.zeros(9, dtype=ARRAYS[column]))
+    with pytest.raises(UserError, match=f"{column}.npy is int"):
+        open_index(packed.folder, "data.train")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"PK\x03\x04", b"PK\x05\x06" + bytes(18), b"garbage"])
+def test_open_index_refuses_a_column_that_is_no_array(packed, content):
+    (packed.folder / "index" / "label.npy").write_bytes(content)
+    with pytest.raises(UserError, match="is broken") as caught:
+        open_index(packed.folder, "data.train")
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_outside_of_the_classes_are_refused(packed):
+    labels_N = np.array([0, 3] * 5, dtype=ARRAYS["label"])
+    np.save(packed.folder / "index" / "label.npy", labels_N, allow_pickle=False)
+    with pytest.raises(UserError, match=r"label.npy has labels outside 0\.\.2"):
+        open_index(packed.folder, "data.train")
+
+
+def test_open_index_never_unpickles(packed):
+    np.save(packed.folder / "index" / "label.npy", np.array([print] * 10, dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match="is broken"):
+        open_index(packed.folder, "data.train")
+
+
+def test_shard_that_shrinks_while_open_is_a_short_read(packed):
+    os.truncate(packed.folder / "data-000002.tar", packed.locate(8)[1] + 10)
+    with pytest.raises(
+        UserError, match=r"shard data-000002.tar, sample 000000008.png: cannot read: 10 of \d+ bytes"
+    ):
+        packed.read(8)

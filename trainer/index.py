@@ -1,0 +1,240 @@
+"""The index of a packed data set: any sample is found with one read.
+
+::
+
+    DATA/*.tar               data shards, written by ``trainer.shards`` or by another tool
+    DATA/index/index.json    version, fingerprint, shards with size and sha256, class names, statistics
+    DATA/index/*.npy         offset, length, label of every sample: 16 bytes, memory-mapped by all workers
+
+Streaming tars makes epochs inexact, cannot resume and hangs when shards are uneven; a random order over an
+index has none of that. An index is complete if its index.json is there: it goes first and comes last.
+Array names end in their dimension: N samples.
+"""
+
+import dataclasses
+import json
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.errors import UserError
+
+VERSION = 1
+ARRAYS: dict[str, np.dtype[Any]] = {
+    "offset": np.dtype("<i8"),
+    "length": np.dtype("<i4"),
+    "label": np.dtype("<i4"),
+}
+MAX_OPEN_FILES = 128  # per process; a login shell's limit is 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One tar as the index knows it."""
+
+    name: str
+    n: int
+    bytes: int
+    sha256: str
+
+
+class _OpenFiles:
+    """Shards, opened when first read, the least recently used closed first. Fork-safe: pread seeks not."""
+
+    def __init__(self) -> None:
+        self._descriptors: OrderedDict[Path, int] = OrderedDict()
+
+    def pread(self, path: Path, length: int, offset: int) -> bytes:
+        if path not in self._descriptors:
+            if len(self._descriptors) >= MAX_OPEN_FILES:
+                os.close(self._descriptors.popitem(last=False)[1])
+            self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptors.move_to_end(path)
+        return os.pread(self._descriptors[path], length, offset)
+
+    def __del__(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Index:
+    """A packed data set: what is in it and where. ``open_index`` makes one; pickling it re-opens it."""
+
+    field: str
+    """Name of the configuration field (or the option) that asked for it; begins every message."""
+    folder: Path
+    shards: tuple[Shard, ...]
+    starts: NDArray[np.int64]
+    """First sample of every shard, and the number of samples at the end."""
+    offsets_N: NDArray[np.int64]
+    lengths_N: NDArray[np.int32]
+    labels_N: NDArray[np.int32]
+    num_classes: int
+    class_names: tuple[str, ...]
+    """Name of every label; empty for foreign shards, whose classes are numbers only."""
+    class_statistics: dict[str, float]
+    """Images per class: ``min``, ``mean``, ``max``; ``empty`` counts classes without any."""
+    fingerprint: str
+    _files: _OpenFiles = dataclasses.field(default_factory=_OpenFiles, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_index, (self.folder, self.field)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples over all shards."""
+        return int(self.starts[-1])
+
+    def locate(self, i: int) -> tuple[str, int]:
+        """Return the shard's name and the byte where the image of sample ``i`` begins."""
+        shard = int(np.searchsorted(self.starts, i, side="right")) - 1
+        return self.shards[shard].name, int(self.offsets_N[i])
+
+    def read(self, i: int) -> bytes:
+        """Return the bytes of image ``i``. Raises UserError naming the shard and the sample."""
+        shard, offset = self.locate(i)
+        length = int(self.lengths_N[i])
+        try:
+            image = self._files.pread(self.folder / shard, length, offset)
+        except OSError as error:
+            raise UserError(f"{self.describe(i)}: cannot read: {error.strerror}") from None
+        if len(image) != length:
+            raise UserError(f"{self.describe(i)}: cannot read: {len(image)} of {length} bytes are there")
+        return image
+
+    def describe(self, i: int) -> str:
+        """Return where sample ``i`` is, for messages: field, shard and the member's name (or its offset)."""
+        shard, offset = self.locate(i)
+        try:
+            header = self._files.pread(self.folder / shard, tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
+            name = ascii(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[1:-1]
+        except (OSError, tarfile.TarError):
+            name = f"at byte {offset}"
+        return f"{self.field}: shard {shard}, sample {name}"
+
+
+def open_index(folder: Path, field: str) -> Index:
+    """Open a packed data set; ``field`` begins every message. Checks the shards' sizes, not their contents.
+
+    Raises UserError if the folder, its index or a shard is missing, of another size or of another version.
+    """
+    index = load_index(folder, field)
+    for shard in index.shards:
+        path = folder / shard.name
+        if not path.is_file():
+            raise UserError(f"{field}: shard {path} is missing")
+        size = path.stat().st_size
+        if size != shard.bytes:
+            raise UserError(f"{field}: shard {path} has {size} bytes, its index says {shard.bytes}")
+    return index
+
+
+def load_index(folder: Path, field: str) -> Index:
+    """Open a data set as ``open_index`` does, without a look at its shards."""
+    if not folder.is_dir():
+        raise UserError(f"{field}: {folder} does not exist" + (" as a folder" if folder.exists() else ""))
+    if not is_packed(folder):
+        raise UserError(f"{field}: {folder} has no index; run python launch/pack.py index {folder}")
+    try:
+        return _load(folder, field)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{field}: the index of {folder} is broken ({reason}); delete {folder}/index and make it again"
+        ) from None
+
+
+def is_packed(folder: Path) -> bool:
+    """Say whether the folder holds a complete data set."""
+    return index_path(folder).is_file()
+
+
+def write_index(folder: Path, head: dict[str, Any], columns: dict[str, NDArray[Any]]) -> None:
+    """Write or replace an index: what index.json says, and one array for every name of ``ARRAYS``."""
+    (folder / "index").mkdir(exist_ok=True)
+    index_path(folder).unlink(missing_ok=True)
+    for name, column_N in columns.items():
+        with _replacement(_array_path(folder, name)) as file:
+            np.save(file, column_N, allow_pickle=False)
+    with _replacement(index_path(folder)) as file:
+        file.write((json.dumps({"version": VERSION, **head}, indent=1) + "\n").encode("ascii"))
+    _sync_folder(folder / "index")
+
+
+def move_index(source: Path, target: Path) -> None:
+    """Move an index to the folder of its shards, in place of the one that is there."""
+    (target / "index").mkdir(exist_ok=True)
+    index_path(target).unlink(missing_ok=True)
+    for name in ARRAYS:
+        _array_path(source, name).replace(_array_path(target, name))
+    _sync_folder(target)
+    index_path(source).replace(index_path(target))
+    _sync_folder(target / "index")
+
+
+def index_path(folder: Path) -> Path:
+    """Return where a data set's index.json is."""
+    return folder / "index" / "index.json"
+
+
+def _array_path(folder: Path, name: str) -> Path:
+    return folder / "index" / f"{name}.npy"
+
+
+def _load(folder: Path, field: str) -> Index:
+    head = json.loads(index_path(folder).read_text(encoding="utf-8"))
+    if head["version"] != VERSION:
+        raise ValueError(f"it has version {head['version']}, this code reads {VERSION}")
+    shards = tuple(Shard(**shard) for shard in head["shards"])
+    starts = np.cumsum([0, *(shard.n for shard in shards)], dtype=np.int64)
+    offsets_N, lengths_N, labels_N = (_open_array(folder, name, int(starts[-1])) for name in ARRAYS)
+    if labels_N.min() < 0 or labels_N.max() >= head["num_classes"]:
+        raise ValueError(f"label.npy has labels outside 0..{head['num_classes'] - 1}")
+    return Index(
+        field=field,
+        folder=folder,
+        shards=shards,
+        starts=starts,
+        offsets_N=offsets_N,
+        lengths_N=lengths_N,
+        labels_N=labels_N,
+        num_classes=head["num_classes"],
+        class_names=tuple(head["class_names"]),
+        class_statistics=head["class_statistics"],
+        fingerprint=head["fingerprint"],
+    )
+
+
+def _open_array(folder: Path, name: str, num_samples: int) -> NDArray[Any]:
+    # Unlike np.load it knows no other format, and says ValueError even of an empty file.
+    array_N = np.lib.format.open_memmap(_array_path(folder, name), mode="r")
+    if array_N.shape != (num_samples,) or array_N.dtype != ARRAYS[name]:
+        raise ValueError(f"{name}.npy is {array_N.dtype}{list(array_N.shape)}")
+    return array_N
+
+
+@contextmanager
+def _replacement(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that takes the place of ``path`` once it is complete and on disk."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
