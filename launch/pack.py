@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,13 +24,6 @@ from trainer.errors import UserError
 from trainer.index import Index, is_packed, open_index
 
 
-class Job(NamedTuple):
-    """One folder to write, and the data set that goes into it."""
-
-    out: Path
-    build_source: Callable[[], sources.Source]
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Pack what the command line asks for and print a summary on stdout. Raises UserError."""
     options = build_parser().parse_args(arguments)
@@ -38,10 +31,10 @@ def main(arguments: list[str] | None = None) -> None:
         summaries = [index(options)]
     else:
         jobs = list_jobs(options)
-        for job in jobs:
-            if not is_kept(job.out, options):
-                shards.check_free(job.out, overwrite=options.overwrite)
-        summaries = [pack(job, options) for job in jobs]
+        for out in jobs:
+            if not is_kept(out, options):
+                shards.check_free(out, overwrite=options.overwrite)
+        summaries = [pack(out, build_source, options) for out, build_source in jobs.items()]
     if options.json:
         print(json.dumps({"sets": summaries}))
     else:
@@ -85,20 +78,20 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def list_jobs(options: argparse.Namespace) -> list[Job]:
-    """Return the folders to write. Nothing is read yet."""
+def list_jobs(options: argparse.Namespace) -> dict[Path, Callable[[], sources.Source]]:
+    """Return folder to write -> what makes the data set that goes into it. Nothing is read yet."""
     out = options.out
     if options.source == "imagefolder":
-        return [Job(out, lambda: sources.image_folder(options.path))]
+        return {out: lambda: sources.image_folder(options.path)}
     if options.source == "mnist5k":
-        return [
-            Job(out / "train", lambda: sources.mnist5k("train")),
-            Job(out / "test", lambda: sources.mnist5k("test")),
-        ]
-    return [
-        Job(out / "background", lambda: sources.omniglot(options.path, "background")),
-        Job(out / "evaluation", lambda: sources.omniglot(options.path, "evaluation")),
-    ]
+        return {
+            out / "train": lambda: sources.mnist5k("train"),
+            out / "test": lambda: sources.mnist5k("test"),
+        }
+    return {
+        out / "background": lambda: sources.omniglot(options.path, "background"),
+        out / "evaluation": lambda: sources.omniglot(options.path, "evaluation"),
+    }
 
 
 def is_kept(folder: Path, options: argparse.Namespace) -> bool:
@@ -106,15 +99,17 @@ def is_kept(folder: Path, options: argparse.Namespace) -> bool:
     return options.if_missing and is_packed(folder)
 
 
-def pack(job: Job, options: argparse.Namespace) -> dict[str, Any]:
+def pack(
+    out: Path, build_source: Callable[[], sources.Source], options: argparse.Namespace
+) -> dict[str, Any]:
     """Write one folder, with a progress bar on stderr, and return its summary."""
-    if is_kept(job.out, options):
-        return summary(open_index(job.out, "OUT"), written=False)
-    source = job.build_source()
-    samples = track(sources.shuffled(source), f"packing {job.out}", len(source), console=Console(stderr=True))
+    if is_kept(out, options):
+        return summary(open_index(out, "OUT"), written=False)
+    source = build_source()
+    samples = track(sources.shuffled(source), f"packing {out}", len(source), console=Console(stderr=True))
     packed = shards.write_shards(
         samples,
-        job.out,
+        out,
         source.class_names,
         samples_per_shard=options.samples_per_shard,
         overwrite=options.overwrite,

@@ -20,7 +20,10 @@ from torch.distributed import TCPStore
 from trainer.distributed import joined_world
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["trainer.state", "trainer.joint"])
+# DeepSpeed imports the last one, and with it torch's compiler (4 s), when it meets an optimizer under ZeRO.
+_server.set_forkserver_preload(
+    ["trainer.state", "trainer.joint", "deepspeed.runtime.zero.muon.muon_optimizer"]
+)
 
 
 class RankError(AssertionError):

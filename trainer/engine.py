@@ -79,6 +79,8 @@ def deepspeed_config(config: Config, world: World) -> dict[str, Any]:
         derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     elif dtype == "float16":
         derived["fp16"] = {"enabled": True}
+        # By itself it leaves buffers float32, and batch norm refuses half weights beside float statistics.
+        derived["data_types"] = {"buffer_dtype": "fp16"}
     for key, value in config.engine.deepspeed_overrides.items():
         if key not in OVERRIDABLE:
             raise UserError(

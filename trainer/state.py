@@ -100,7 +100,7 @@ def resume(state: TrainState, config: Config, checkpoints: Checkpoints, fingerpr
         return
     if newest is not None and path.resolve().parent == newest.resolve().parent and path.name < newest.name:
         raise UserError(
-            f"checkpoint.resume: {path} is older than {newest}, which new ones would mix with; take another run.name"
+            f"checkpoint.resume: {path} is older than {newest}: the two would mix; take another run.name"
         )
     record = checkpoint.read_record(path)
     _check_same_model(path, record, config, fingerprint)
