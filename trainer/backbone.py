@@ -69,18 +69,27 @@ def build_backbone(config: BackboneConfig, group: ProcessGroup) -> Backbone:
         network: Any = timm.create_model(config.name, pretrained=config.pretrained, **options)
         if config.gradient_checkpointing:
             network.set_grad_checkpointing(True)
-    except (
-        Exception
-    ) as error:  # timm and the hub raise whatever they like; what the user asked for is in `config`
+        width = _pooled_width(network, config.channels, image_size_of(config))
+    except UserError:
+        raise
+    except Exception as error:  # timm and the hub raise whatever they like
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"backbone: cannot build {config.name!r} as configured: {reason}") from error
-    width = int(getattr(network, "head_hidden_size", None) or network.num_features)
     mean = _per_channel(config.mean or defaults.get("mean", (0.5,)), config.channels)
     std = _per_channel(config.std or defaults.get("std", (0.5,)), config.channels)
     backbone = Backbone(network, _build_neck(config, width), config.embedding_dim or width, mean, std)
     if config.batch_norm == "global":
         use_global_statistics(backbone, group, activated=BatchNormAct2d)
     return backbone
+
+
+@torch.no_grad()
+def _pooled_width(network: nn.Module, channels: int, image_size: int) -> int:
+    """Return F, by looking at one empty image: an image size that does not fit is met now, not in step 1."""
+    network.eval()
+    width = network(torch.zeros(1, channels, image_size, image_size)).shape[-1]
+    network.train()
+    return int(width)
 
 
 def input_defaults(name: str) -> dict:

@@ -104,8 +104,12 @@ class JointStep:
 
     def _norm_of_head(self) -> float:
         """Return the length of the head's gradient over all ranks, in units of the scaled loss."""
-        squares = [p.grad.double().square().sum() for p in self.head.parameters() if p.grad is not None]
-        return float(sum_over(torch.stack(squares).sum(), self.group).sqrt())
+        norms = [
+            torch.linalg.vector_norm(p.grad, dtype=torch.float64)
+            for p in self.head.parameters()
+            if p.grad is not None
+        ]
+        return float(sum_over(torch.stack(norms).square().sum(), self.group).sqrt())
 
     def _clip_factor(self, norm: float) -> float:
         """Return what gradients are divided by so that their joint norm is at most ``clip_norm``."""

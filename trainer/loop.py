@@ -22,7 +22,7 @@ from trainer.log import RunLog, Throughput
 from trainer.order import Position, fold
 from trainer.schedule import lr_at
 from trainer.sheet import as_text, run_sheet
-from trainer.state import TrainState, build_state, resume, save
+from trainer.state import TrainState, build_state, resume, save, share_statistics
 
 
 class NonFiniteError(RuntimeError):
@@ -180,6 +180,7 @@ def batch_digest(batch: Batch, world: World) -> str:
 
 def evaluate(state: TrainState, test_sets: TestSets) -> list[SetResult]:
     """Judge the model on all test sets; every rank must call it."""
+    share_statistics(state)
     state.engine.eval()
     results = list(test_sets.evaluate(state.engine, state.head))
     state.engine.train()

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from trainer import checkpoint
 from trainer.backbone import build_backbone
 from trainer.checkpoint import Checkpoints
+from trainer.collectives import sum_over
 from trainer.config import Config, to_dict
 from trainer.distributed import World
 from trainer.engine import build_engine, load_state, state_numbers, state_tensors
@@ -66,6 +67,7 @@ def build_head(config: Config, world: World, dim: int) -> CocoHead | SoftmaxHead
 
 def save(state: TrainState, config: Config, checkpoints: Checkpoints, fingerprint: str) -> None:
     """Write a checkpoint; every rank must call it. ``fingerprint`` is that of the training data."""
+    share_statistics(state)
     record = {
         "position": dataclasses.asdict(state.position),
         "numbers": state_numbers(state.engine),
@@ -80,6 +82,18 @@ def save(state: TrainState, config: Config, checkpoints: Checkpoints, fingerprin
         shard=state.head.shard,
     )
     log.info("saved %s", path)
+
+
+@torch.no_grad()
+def share_statistics(state: TrainState) -> None:
+    """Make the running statistics of local batch norms the mean over ranks; every rank must call it.
+
+    Global ones are equal already. Without it the ranks would judge, and one of them save, different models.
+    """
+    for buffer in state.engine.module.buffers():
+        if buffer.is_floating_point():
+            mean = sum_over(buffer.double(), state.head.group) / state.head.group.size()
+            buffer.copy_(mean)  # in float64 the mean of equal numbers is that number
 
 
 def resume(state: TrainState, config: Config, checkpoints: Checkpoints, fingerprint: str) -> None:
