@@ -7,6 +7,8 @@ import os
 import tempfile
 from pathlib import Path
 
+import pytest
+
 _OPERATORS = tempfile.TemporaryDirectory(prefix="torch-extensions-")  # removed when pytest ends
 
 os.environ.update(
@@ -17,3 +19,11 @@ os.environ.update(
     # The server that forks the ranks finds `trainer` by this alone (Python 3.11 gives it no sys.path).
     PYTHONPATH=os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
 )
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``images`` (seven classes) and ``packed`` (their shards), for whole runs."""
+    import launching  # not before the environment above is set
+
+    return launching.make_data(tmp_path_factory.mktemp("runs"))

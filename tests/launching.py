@@ -9,6 +9,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
@@ -64,6 +67,36 @@ def start_train(ranks: int, *overrides: str, launcher: str = "deepspeed", **envi
         return Started(BIN / "torchrun", *port, script, *overrides, **environment)
     options = ("--num_gpus", str(ranks), "--master_port", str(free_port()))
     return Started(BIN / "deepspeed", *options, script, *overrides, **environment)
+
+
+def make_data(root: Path) -> Path:
+    """Write seven classes of noisy 20 x 20 patterns below ``root`` and pack them by the real command."""
+    generator = np.random.default_rng(0)
+    for label in range(7):
+        pattern = generator.integers(0, 200, (20, 20, 3))
+        for i in range(12):
+            image = np.clip(pattern + generator.integers(0, 56, (20, 20, 3)), 0, 255).astype(np.uint8)
+            path = root / "images" / f"class{label}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    pack = Started(sys.executable, "launch/pack.py", "imagefolder", root / "images", root / "packed").wait()
+    assert pack.code == 0, pack.stderr
+    return root
+
+
+def options(folder: Path, name: str, *more: str) -> list[str]:
+    """Return a small run on ``make_data``'s shards, with batch norm, so that statistics over ranks are tried.
+
+    Its learning rate is small: training doubles any rounding difference every few steps, and a network in
+    turmoil would show that instead of whether two runs compute the same thing.
+    """
+    return [
+        f"data.train={folder / 'packed'}", "data.batch_size=12", "data.workers=1",
+        "backbone.name=resnet10t", "backbone.image_size=24", "backbone.embedding_dim=16",
+        "optim.lr=0.005", "optim.steps=30", "optim.warmup_steps=10", "optim.clip_norm=1", "augment.flip=0.5",
+        "engine.dtype=float32", "log.every_steps=1", "log.wandb=disabled", f"run.root={folder}",
+        f"run.name={name}", f"eval.classification.same={folder / 'packed'}", *more,
+    ]  # fmt: skip
 
 
 def free_port() -> int:

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from tests.launching import REPOSITORY, Started
+from launching import REPOSITORY, Started
 
 README = (REPOSITORY / "README.md").read_text()
 PYTHON_FILES = [*sorted(REPOSITORY.glob("launch/*.py")), *sorted(REPOSITORY.glob("trainer/**/*.py"))]

@@ -196,7 +196,7 @@ class OptimConfig:
     final_lr: Fraction = 0.0
     """Learning rate of the last step relative to the peak."""
 
-    clip_norm: Positive | None = None
+    clip_norm: Positive | None = 5.0
     """Longest gradient: the norm over backbone and head of all ranks together. None does not clip."""
 
 
