@@ -52,9 +52,8 @@ def train(config: Config) -> dict[str, float]:
                 batch, position = next(batches)
                 throughput.count(config.data.batch_size, waited_seconds=time.perf_counter() - asked)
 
-                torch.manual_seed(
-                    fold(config.seed, state.step, world.rank)
-                )  # dropout; the same after a resume
+                # Dropout draws from this: the same after a resume.
+                torch.manual_seed(fold(config.seed, state.step, world.rank))
                 lr = learning_rate(config, state.step)
                 out = update(batch.images_NCHW.to(world.device), batch.labels_N.to(world.device), lr)
                 require_finite(out, config, state.step)
