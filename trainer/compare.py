@@ -1,6 +1,7 @@
 """Finished runs side by side: the same test sets, one table, one picture."""
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from trainer.checkpoint import complete_checkpoints, load_head, read_rows, read_
 from trainer.config import Config
 from trainer.distributed import World, joined_world
 from trainer.errors import UserError
-from trainer.evaluate import SetResult, TestSets, figures_of
+from trainer.evaluate import SetResult, EvalSets, figures_of
 from trainer.head import CocoHead, SoftmaxHead
+from trainer.log import CLASSES
 from trainer.options import load
 from trainer.state import build_head
 
@@ -42,7 +44,11 @@ def compare(folders: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str,
 def evaluate_run(folder: Path, config: Config, world: World) -> list[SetResult]:
     """Return the results of a run's newest checkpoint; every rank must call it. No DeepSpeed needed."""
     backbone, head = load_model(folder, config, world)
-    test_sets = TestSets(config, world, head.shard.num_classes)
+    try:
+        class_names = json.loads((folder / CLASSES).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / CLASSES}: cannot read the names of the classes: {error}") from None
+    test_sets = EvalSets(config, world, class_names, head.shard.num_classes)
     return list(test_sets.evaluate(backbone, head))
 
 

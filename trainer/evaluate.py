@@ -6,7 +6,7 @@ has never seen: are two images of the same class, and is the nearest neighbour?
 Legend: N images of a set, B of a batch over all ranks, D width of the embedding, C classes of this rank.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -48,54 +48,49 @@ class SetResult:
     verification: Verification | None
 
 
-class TestSets:
-    """The test sets of a configuration, opened once; the loaders' processes live as long as this object."""
+@dataclass(frozen=True)
+class _EvalSet:
+    name: str
+    index: Index
+    loader: EvalLoader
+    known_label: Tensor | None
+    """Classification only: the head's label of each label of this set."""
 
-    def __init__(self, config: Config, world: World, num_classes: int | None) -> None:
+
+class EvalSets:
+    """The test sets of a configuration, opened once.
+
+    ``class_names`` and ``num_classes`` are those the head was trained on.
+    """
+
+    def __init__(self, config: Config, world: World, class_names: Sequence[str], num_classes: int) -> None:
         self.world = world
-        self._sets: list[tuple[str, str, Index, EvalLoader]] = []
-        transform = build_eval_transform(image_size=image_size_of(config.backbone))
-        for protocol, folders in (
-            ("classification", config.eval.classification),
-            ("verification", config.eval.verification),
-        ):
-            for name, folder in folders.items():
-                index = open_index(folder, f"eval.{protocol}.{name}")
-                if (
-                    protocol == "classification"
-                    and num_classes is not None
-                    and index.num_classes > num_classes
-                ):
-                    raise UserError(
-                        f"eval.classification.{name}: {folder} has labels up to {index.num_classes - 1}, "
-                        f"the head has {num_classes} classes"
-                    )
-                loader = build_eval_loader(
-                    index,
-                    transform,
-                    channels=config.backbone.channels,
-                    batch_size=_per_world(config.eval.batch_size, world.size),
-                    rank=world.rank,
-                    world_size=world.size,
-                    workers=config.data.workers,
-                )
-                self._sets.append((name, protocol, index, loader))
+        self._sets: list[_EvalSet] = []
+        for name, folder in config.eval.classification.items():
+            field = f"eval.classification.{name}"
+            index = open_index(folder, field)
+            known_label = _match_labels(field, index, class_names, num_classes)
+            self._sets.append(_EvalSet(name, index, _loader_of(index, config, world), known_label))
+        for name, folder in config.eval.verification.items():
+            index = open_index(folder, f"eval.verification.{name}")
+            self._sets.append(_EvalSet(name, index, _loader_of(index, config, world), None))
 
     def evaluate(self, embed: Embed, head: Any) -> Iterator[SetResult]:
         """Yield the result of every set. Every rank must go through all of them."""
-        for name, protocol, index, loader in self._sets:
-            embeddings_ND, labels_N = _embed_all(embed, loader, self.world)
+        for test_set in self._sets:
+            embeddings_ND, labels_N = _embed_all(embed, test_set.loader, self.world)
             verification = None
-            if protocol == "classification":
-                values = _classify(embeddings_ND, labels_N, head)
+            if test_set.known_label is not None:
+                known_label = test_set.known_label.to(labels_N.device)
+                values = _classify(embeddings_ND, known_label[labels_N], head)
             else:
                 verification, values = _verify(F.normalize(embeddings_ND), labels_N, self.world)
             yield SetResult(
-                name=name,
-                metrics={f"eval/{name}/{key}": value for key, value in values.items()},
+                name=test_set.name,
+                metrics={f"eval/{test_set.name}/{key}": value for key, value in values.items()},
                 embeddings_ND=embeddings_ND.cpu(),
                 labels_N=labels_N.cpu(),
-                class_names=tuple(index.class_names),
+                class_names=tuple(test_set.index.class_names),
                 verification=verification,
             )
 
@@ -117,9 +112,35 @@ def figures_of(results: Iterable[SetResult], title: str) -> Iterator[tuple[str, 
         yield "roc", figures.roc(curves)
 
 
-def _per_world(batch_size: int, world_size: int) -> int:
-    """Round up so that every rank gets equally many."""
-    return -(-batch_size // world_size) * world_size
+def _loader_of(index: Index, config: Config, world: World) -> EvalLoader:
+    return build_eval_loader(
+        index,
+        build_eval_transform(image_size=image_size_of(config.backbone)),
+        channels=config.backbone.channels,
+        batch_size=config.eval.batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        workers=config.data.workers,
+    )
+
+
+def _match_labels(field: str, index: Index, class_names: Sequence[str], num_classes: int) -> Tensor:
+    """Return the head's label for each label of a test set: by name where both have names, else by number.
+
+    A set packed by itself numbers its own classes from 0, and need not have all of them. Raises UserError
+    for a class that the head does not know.
+    """
+    if class_names and index.class_names:
+        label_of = {name: label for label, name in enumerate(class_names)}
+        unknown = next((name for name in index.class_names if name not in label_of), None)
+        if unknown is not None:
+            raise UserError(f"{field}: class {unknown!r} of {index.folder} is not among those trained on")
+        return torch.tensor([label_of[name] for name in index.class_names])
+    if index.num_classes > num_classes:
+        raise UserError(
+            f"{field}: {index.folder} has label {index.num_classes - 1}, the head has {num_classes} classes"
+        )
+    return torch.arange(num_classes)
 
 
 @torch.no_grad()

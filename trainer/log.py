@@ -6,6 +6,7 @@ import os
 import secrets
 import sys
 import time
+from collections.abc import Sequence
 from math import nan
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,8 @@ from trainer.figures import save as save_figure
 from trainer.options import dump
 
 log = logging.getLogger("trainer")
+
+CLASSES = "classes.json"
 
 
 class RunLog:
@@ -44,6 +47,11 @@ class RunLog:
             self._lines = (self.folder / "metrics.jsonl").open("a", buffering=1)
             self._wandb = _start_wandb(self.config)
         return self
+
+    def class_names(self, names: Sequence[str]) -> None:
+        """Keep which label means what: ``classes.json``, a list in the order of the labels."""
+        if self.is_main:
+            (self.folder / CLASSES).write_text(json.dumps(list(names)) + "\n")
 
     def sheet(self, text: str) -> None:
         """Show the run sheet; the progress bar starts below it."""

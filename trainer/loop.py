@@ -15,7 +15,7 @@ from trainer.config import Config
 from trainer.data import Batch, build_train_loader
 from trainer.distributed import World, joined_world
 from trainer.errors import UserError
-from trainer.evaluate import SetResult, TestSets, figures_of
+from trainer.evaluate import SetResult, EvalSets, figures_of
 from trainer.index import Index, open_index
 from trainer.joint import JointStep, StepOutput
 from trainer.log import RunLog, Throughput
@@ -40,11 +40,12 @@ def train(config: Config) -> dict[str, float]:
         checkpoints = Checkpoints(config.run_folder / "checkpoints", config.checkpoint.keep_last, world.group)
         state = build_state(config, world)
         resume(state, config, checkpoints, index.fingerprint)
-        test_sets = TestSets(config, world, state.head.shard.num_classes)
+        test_sets = EvalSets(config, world, index.class_names, state.head.shard.num_classes)
         update = build_step(state, config, world)
         batches = build_batches(config, index, world, state.position)
 
         with closing(batches), RunLog(config, is_main=world.is_main, start_step=state.step) as log_run:
+            log_run.class_names(index.class_names)
             log_run.sheet(as_text(run_sheet(config, world, index, state.head, state.step)))
             throughput, results = Throughput(), None
             while state.step < log_run.total_steps:
@@ -177,7 +178,7 @@ def batch_digest(batch: Batch, world: World) -> str:
     return f"{int(total) % 2**64:016x}"
 
 
-def evaluate(state: TrainState, test_sets: TestSets) -> list[SetResult]:
+def evaluate(state: TrainState, test_sets: EvalSets) -> list[SetResult]:
     """Judge the model on all test sets; every rank must call it."""
     share_statistics(state)
     state.engine.eval()
