@@ -14,6 +14,7 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
+OMNIGLOT = Path(os.environ.get("OMNIGLOT_ZIP", REPOSITORY.parent / "shared" / "data" / "omniglot.zip"))
 
 
 @dataclass

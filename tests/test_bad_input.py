@@ -89,3 +89,12 @@ def test_evaluate_and_pack_say_what_is_missing(tmp_path: Path) -> None:
         finished = started.wait()
         assert finished.code == 2, finished.stderr
         assert text in finished.errors[0]
+
+
+def test_a_run_that_diverges_ends_on_all_ranks(folder: Path) -> None:
+    """All ranks see the same numbers, so all stop in the same step; nothing says that the run is whole."""
+    wild = ("optim.lr=1e30", "optim.warmup_steps=0", "optim.clip_norm=null")
+    finished = start_train(2, *options(folder, "bad-lr", *wild)).wait()
+    assert finished.code == 1, finished.stderr
+    assert "NonFiniteError: step " in finished.stderr
+    assert not (folder / "bad-lr" / "done.json").exists()

@@ -1,21 +1,19 @@
 import gzip
 import importlib.util
 import io
-import os
 import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from launching import OMNIGLOT
 from PIL import Image
 
 from trainer.augment import decode
 from trainer.errors import UserError
 from trainer.order import epoch_order
 from trainer.sources import OMNIGLOT_EVALUATION, image_folder, mnist5k, omniglot, shuffled
-
-REAL_OMNIGLOT = Path(os.environ.get("OMNIGLOT_ZIP", "../shared/data/omniglot.zip"))
 
 
 def picture(mode: str = "L", value: int = 0) -> Image.Image:
@@ -185,9 +183,9 @@ def test_omniglot_names_what_is_wrong(small_omniglot, tmp_path):
         list(omniglot(path, "background")) + list(omniglot(path, "evaluation"))
 
 
-@pytest.mark.skipif(not REAL_OMNIGLOT.is_file(), reason="needs omniglot.zip (set OMNIGLOT_ZIP)")
+@pytest.mark.skipif(not OMNIGLOT.is_file(), reason="needs omniglot.zip (set OMNIGLOT_ZIP)")
 def test_real_omniglot_has_964_background_and_659_evaluation_characters():
-    background, evaluation = omniglot(REAL_OMNIGLOT, "background"), omniglot(REAL_OMNIGLOT, "evaluation")
+    background, evaluation = omniglot(OMNIGLOT, "background"), omniglot(OMNIGLOT, "evaluation")
     assert (len(background.class_names), len(background)) == (964, 964 * 20)
     assert (len(evaluation.class_names), len(evaluation)) == (659, 659 * 20)
     image, extension, _ = next(iter(background))

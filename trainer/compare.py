@@ -14,7 +14,7 @@ from trainer.checkpoint import complete_checkpoints, load_head, read_rows, read_
 from trainer.config import Config
 from trainer.distributed import World, joined_world
 from trainer.errors import UserError
-from trainer.evaluate import SetResult, EvalSets, figures_of
+from trainer.evaluate import EvalSets, SetResult, figures_of
 from trainer.head import CocoHead, SoftmaxHead
 from trainer.log import CLASSES
 from trainer.options import load

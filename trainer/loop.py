@@ -15,7 +15,7 @@ from trainer.config import Config
 from trainer.data import Batch, build_train_loader
 from trainer.distributed import World, joined_world
 from trainer.errors import UserError
-from trainer.evaluate import SetResult, EvalSets, figures_of
+from trainer.evaluate import EvalSets, SetResult, figures_of
 from trainer.index import Index, open_index
 from trainer.joint import JointStep, StepOutput
 from trainer.log import RunLog, Throughput
