@@ -296,3 +296,15 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=60,
     )
+
+
+def test_a_recipes_test_sets_go_with_its_training_data(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "data: {train: digits}\noptim: {steps: 1}\n"
+        "eval: {classification: {test: t}, verification: {new: n}}\n"
+    )
+    kept = load(recipe, ["data.train=digits"]).eval
+    assert (set(kept.classification), set(kept.verification)) == ({"test"}, {"new"})
+    other = load(recipe, ["data.train=faces", "eval.verification.lfw=l"]).eval
+    assert (other.classification, other.verification) == ({}, {"lfw": Path("l")})

@@ -241,7 +241,8 @@ class CheckpointConfig:
 
 @section
 class EvalConfig:
-    """Test sets by name, and when they are looked at. Metrics are named `eval/<set>/<metric>`."""
+    """Test sets by name, and when they are looked at. Metrics are named `eval/<set>/<metric>`. A YAML file's
+    sets go with its data: naming another `data.train` on the command line drops them."""
 
     classification: dict[str, Path] = Field(default_factory=dict)
     """Sets whose classes are those of training: accuracy by nearest centroid."""

@@ -28,6 +28,7 @@ def run_sheet(config: Config, world: World, index: Index, head: Any, start_step:
         "data fingerprint": index.fingerprint[:12],
         "global batch": f"{batch} images = {world.size} ranks x {engine.accumulation_steps} x {micro_batch}",
         "steps": f"{start_step} to {optim.steps or 0}, {index.num_samples // batch} per epoch",
+        "test sets": ", ".join([*config.eval.classification, *config.eval.verification]) or "none",
         "optimizer": f"{optim.name}, peak lr {optim.lr:g}, {optim.schedule}",
         "warm-up": f"{optim.warmup_steps} steps",
         "versions": ", ".join(f"{p} {version(p)}" for p in ("torch", "deepspeed", "timm", "webdataset"))
