@@ -24,7 +24,7 @@ def test_map_has_every_file_with_its_own_first_line() -> None:
     files = [*sorted(REPOSITORY.glob("configs/*.yaml")), *PYTHON_FILES]
     expected = [f"| `{path.relative_to(REPOSITORY)}` | {summary(path)} |" for path in files]
     found = [
-        line for line in README.splitlines() if re.match(r"\| `(configs|launch|trainer)/\S+` \| [A-Z]", line)
+        line for line in README.splitlines() if re.match(r"\| `(configs|launch|trainer)/\S+` \| \S", line)
     ]
     found = [line for line in found if line.count("|") == 3]
     assert found == expected, "\n".join(["the map should be:", *expected])
