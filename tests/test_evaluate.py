@@ -16,6 +16,7 @@ from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.evaluate import EvalSets
 from trainer.head import ClassShard, CocoHead, initial_rows
+from trainer.margins import CosineSoftmax
 from trainer.shards import write_shards
 from trainer.sources import image_folder, shuffled
 
@@ -63,7 +64,7 @@ def embed(images_NCHW: Tensor) -> Tensor:
 def evaluate_on_rank(world: World, root: Path) -> list[Any]:
     config = config_of(root, classification=["some"], verification=["new"])
     shard = ClassShard.of_rank(len(TRAINED), world.rank, world.size)
-    head = CocoHead(shard, 6, scale=7.0, seed=0, group=world.group)
+    head = CocoHead(shard, 6, loss=CosineSoftmax(7.0), seed=0, group=world.group)
     results = EvalSets(config, world, TRAINED, len(TRAINED)).evaluate(embed, head)
     return [(r.metrics, r.embeddings_ND, r.labels_N, r.class_names) for r in results]
 

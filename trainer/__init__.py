@@ -3,19 +3,24 @@
 A module imports only modules of lower levels; ``tests/test_architecture.py`` reads this drawing and checks
 it. In brackets: the heavy package that only this module imports. Start reading at ``loop``, then ``head``.
 
-level 5
+level 6
     loop           a run from configuration to result: train() on one screen
     compare        finished runs side by side: one table, one picture
+level 5
+    sheet          what a run is about to do, told before it starts
 level 4
     state          all that changes while training: built, saved, restored
-    sheet          what a run is about to do, told before it starts
+    benchmark      what the head costs on this machine, in time and memory
 level 3
+    fused          the head at its limit: no logits, no normalised copy, no dense gradient
+    textbook       the class-parallel head as usually written: what the benchmark compares with
     engine         the backbone's engine, its configuration and its state [deepspeed]
     joint          one optimizer step of two parts: backbone inside the engine, head outside
     checkpoint     a run on disk: whole or absent, read on any number of ranks
     evaluate       a model on test sets: all ranks embed, all share the comparisons
     log            what a run tells: console, metrics.jsonl, log.txt and W&B [wandb]
 level 2
+    head           the class-parallel head: exact softmax over rows cut over the ranks
     options        YAML and command line to Config and back; help and reference page [yaml]
     backbone       a name to a network from images to embeddings [timm]
     data           batches from an index, the same on any number of ranks and workers
@@ -24,14 +29,15 @@ level 2
     figures        pictures of an evaluation and of a run [matplotlib]
 level 1
     config         every option of a run: typed, checked, documented once [pydantic]
-    head           the class-parallel head: exact softmax over rows cut over the ranks
+    distributed    which rank am I, on which device, with whom [torch.distributed]
+    margins        softmax losses of cosines: what each changes in the COCO loss
+    rows           one optimizer step on some rows of a matrix, stored in bfloat16 if asked
     batchnorm      batch norm over the images of all ranks
     metrics        how good features are: accuracy, verification, identification
     index          where every sample of a packed data set lies: found with one read
     sources        where images come from before they are packed
 level 0
     collectives    every tensor that travels between ranks in a step, with its gradient [torch.distributed]
-    distributed    which rank am I, on which device, with whom [torch.distributed]
     augment        from the bytes of an image to the tensor that is sent to the device
     order          in which order samples are seen: a function of seed and epoch
     networks       networks of the papers that timm does not have

@@ -5,6 +5,7 @@ Whoever wants to know what a step sends reads this file. All functions are colle
 dimensions are written ``...``.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -58,6 +59,14 @@ def gather_batch(x_N: Tensor, group: ProcessGroup) -> Tensor:
     return _GatherBatch.apply(x_N, group)
 
 
+def gather_labelled(x_ND: Tensor, labels_N: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """``gather_batch`` of float32 rows and their int64 labels in one all-gather."""
+    as_floats_N2 = labels_N.contiguous().view(torch.float32).view(-1, 2)  # bits, which travel unchanged
+    both_BE = gather_batch(torch.cat([x_ND, as_floats_N2], dim=1), group)
+    labels_B = both_BE[:, -2:].detach().contiguous().view(torch.int64).squeeze(1)
+    return both_BE[:, :-2], labels_B
+
+
 def undo_rank_average(x_N: Tensor, group: ProcessGroup) -> Tensor:
     """Return x unchanged and multiply its gradient by the number of ranks R.
 
@@ -81,6 +90,18 @@ def max_over(x: Tensor, group: ProcessGroup) -> Tensor:
     total = x.detach().clone()
     dist.all_reduce(total, ReduceOp.MAX, group=group)
     return total
+
+
+def start_max_over(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
+    """Begin ``max_over``; what is returned waits for it and gives the maximum. Others may run meanwhile."""
+    total = x.detach().clone()
+    work = dist.all_reduce(total, ReduceOp.MAX, group=group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return total
+
+    return finish
 
 
 def concatenate_over(x_N: Tensor, group: ProcessGroup) -> Tensor:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from trainer import figures
 from trainer.backbone import Backbone, build_backbone
-from trainer.checkpoint import complete_checkpoints, load_head, read_rows, read_tensors
+from trainer.checkpoint import complete_checkpoints, load_head, read_record, read_rows, read_tensors
 from trainer.config import Config
 from trainer.distributed import World, joined_world
 from trainer.errors import UserError
@@ -18,7 +18,7 @@ from trainer.evaluate import EvalSets, SetResult, figures_of
 from trainer.head import CocoHead, SoftmaxHead
 from trainer.log import CLASSES
 from trainer.options import load
-from trainer.state import build_head
+from trainer.state import build_head, load_loss_statistics
 
 
 def compare(folders: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, dict[str, float]]:
@@ -70,6 +70,7 @@ def load_model(folder: Path, config: Config, world: World) -> tuple[Backbone, Co
         raise UserError(f"{found[-1]}: checkpoint of another model: {' '.join(str(error).split())}") from None
     head = build_head(config, world, backbone.dim)
     load_head(head, None, read_rows(found[-1], head.shard))
+    load_loss_statistics(head, read_record(found[-1]))
     return backbone, head
 
 

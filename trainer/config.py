@@ -134,9 +134,15 @@ class BackboneConfig:
 class LossConfig:
     """What is minimised."""
 
-    name: Literal["coco", "softmax"] = "coco"
+    name: Literal[
+        "coco", "softmax", "cosface", "arcface", "combined", "sphereface", "curricularface", "adaface",
+        "magface", "elasticface_arc", "elasticface_cos", "adacos",
+    ] = "coco"  # fmt: skip
     """`coco`: scaled cosine softmax over learned unit centroids. `softmax`: inner products and a bias,
-    the baseline."""
+    the baseline. The others are COCO with a margin or another rule for the scale: docs/coco.md."""
+
+    margins: dict[str, float] = Field(default_factory=dict)
+    """Numbers of a margin loss that differ from its paper's, by name: `{margin: 0.4}` for cosface."""
 
 
 @section
@@ -149,8 +155,22 @@ class HeadConfig:
     scale: Positive | Literal["paper", "simplex", "adacos"] = "simplex"
     """Factor alpha on the cosines: a number, or a rule of docs/coco.md applied to the number of classes."""
 
-    update: Literal["autograd"] = "autograd"
-    """`autograd`: an ordinary gradient and torch optimizer for the centroids."""
+    update: Literal["fused", "autograd"] = "fused"
+    """`fused`: two passes over tiles of classes, no logits and no gradient in memory. `autograd`: an
+    ordinary gradient for the centroids, for research; the softmax baseline has only this one."""
+
+    optimizer: Literal["same", "sgd", "adamw", "row_adagrad"] = "same"
+    """Optimizer of the rows: as the backbone's, or another. `row_adagrad` keeps one number per class."""
+
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Rows and their optimizer state in memory. `bfloat16` (fused only) halves them, rounded at random."""
+
+    product_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Matrix products of the fused head. `auto`: bfloat16 with `state_dtype: bfloat16` or a backbone that
+    computes in it, else float32. Sums and the loss are float32 and float64 always."""
+
+    cache_mib: Annotated[int, Field(ge=0, strict=True)] = 64
+    """Memory per rank in which the fused head keeps exponentials, to save computing them again."""
 
     lr_multiplier: Positive = 1.0
     """Learning rate of the head relative to `optim.lr`."""
@@ -339,6 +359,9 @@ def check_across_fields(config: Config) -> None:
         raise UserError(
             "engine.zero_stage: float16 needs 1 or 2 (DeepSpeed 0.19 never scales the loss at 0), got 0"
         )
+    head = config.head
+    if head.state_dtype == "bfloat16" and (head.update != "fused" or config.loss.name == "softmax"):
+        raise UserError("head.state_dtype: bfloat16 needs head.update=fused and a loss of cosines")
     for name, values in (("mean", backbone.mean), ("std", backbone.std)):
         if values is not None and len(values) not in (1, backbone.channels):
             raise UserError(f"backbone.{name}: has {len(values)} numbers for {backbone.channels} channels")

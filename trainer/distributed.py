@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
+
+from trainer.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,32 @@ class World:
         if self.device.type == "cpu":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return torch.accelerator.max_memory_allocated()
+
+
+def require_memory(num_bytes: int, world: World, what: str) -> None:
+    """Raise UserError if this host, or this rank's accelerator, has less free memory than its ranks need.
+
+    Call it before allocating: the operating system would kill the process half-way, without a word.
+    """
+    if world.device.type == "cpu":
+        needed, available, where = num_bytes * world.local_size, _available_bytes(), "this host"
+    else:
+        needed, available, where = num_bytes, torch.accelerator.get_memory_info()[0], str(world.device)
+    if needed > available:
+        raise UserError(
+            f"{what} needs {needed} bytes on {where} ({needed / 2**30:.1f} GiB), "
+            f"{available} are available ({available / 2**30:.1f} GiB)"
+        )
+
+
+def _available_bytes() -> int:
+    """Return the memory of the host that is free, within the limit of the container."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and limit.read_text().strip() != "max":
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available
 
 
 @contextmanager

@@ -24,7 +24,6 @@ from trainer.config import Config
 from trainer.data import Batch, EvalLoader, build_eval_loader
 from trainer.distributed import World
 from trainer.errors import UserError
-from trainer.head import target_and_other
 from trainer.index import Index, open_index
 from trainer.metrics import Verification
 
@@ -161,9 +160,8 @@ def _classify(embeddings_ND: Tensor, labels_N: Tensor, head: Any) -> dict[str, f
     sums = torch.zeros(3, dtype=torch.float64)
     for embeddings_BD, labels_B in zip(embeddings_ND.split(1024), labels_N.split(1024), strict=True):
         output = head.of_embeddings(embeddings_BD, labels_B)
-        cosine_BC = F.normalize(embeddings_BD) @ head.directions_CD().T
-        target_B, other_B = target_and_other(cosine_BC, labels_B, head.shard, head.group)
-        means = [output.loss, output.metrics["accuracy"], (target_B > other_B).float().mean()]
+        by_direction = head.accuracy_by_direction(embeddings_BD, labels_B)
+        means = [output.loss, output.metrics["accuracy"], by_direction]
         sums += len(labels_B) * torch.stack(means).double().cpu()
     loss, accuracy, nearest_centroid = (sums / len(labels_N)).tolist()
     intra, inter = metrics.intra_inter_cosine(F.normalize(embeddings_ND), labels_N)

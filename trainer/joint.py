@@ -4,15 +4,17 @@ The two share the loss (so gradients carry the same loss scale and the same 1/ac
 rate schedule, one global gradient norm and one decision to skip. Legend: N images of this rank in a step.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from trainer.collectives import sum_over, undo_rank_average
+from trainer.head import DenseHead
 from trainer.optimizer import set_learning_rate
 
 _EPSILON = 1e-6  # what torch and DeepSpeed add to the norm before dividing by it
@@ -38,7 +40,7 @@ class JointStep:
     def __init__(
         self,
         engine: Any,
-        head: nn.Module,
+        head: DenseHead,
         head_optimizer: Optimizer,
         *,
         group: ProcessGroup,
@@ -48,13 +50,16 @@ class JointStep:
         self.engine, self.head, self.head_optimizer = engine, head, head_optimizer
         self.group, self.clip_norm, self.head_lr_multiplier = group, clip_norm, head_lr_multiplier
         self._zero = bool(engine.zero_optimization())
-        self._head_norm = 0.0
+        self._head_norm = 0.0  # what DeepSpeed's norm is completed with
         if self._zero:
             self._backbone_norm = engine.optimizer.scaled_global_norm
             engine.optimizer.scaled_global_norm = self._joint_norm
 
-    def __call__(self, images_NCHW: Tensor, labels_N: Tensor, lr: float) -> StepOutput:
-        """Forward, backward and update of both parts. Every rank must call it, with equal N."""
+    def __call__(self, images_NCHW: Tensor, labels_N: Tensor, lr: float, step: int) -> StepOutput:
+        """Forward, backward and update of both parts. Every rank must call it, with equal N.
+
+        ``step`` counts from 0; bfloat16 rows draw their rounding from it.
+        """
         accumulation = self.engine.gradient_accumulation_steps()
         set_learning_rate(self.engine.optimizer, lr)
         set_learning_rate(self.head_optimizer, lr * self.head_lr_multiplier)
@@ -66,61 +71,59 @@ class JointStep:
             outputs.append({"loss": output.loss.detach(), **output.metrics})
             if len(outputs) < accumulation:
                 self.engine.step()  # counts micro-batches; updates nothing yet
-        grad_norm, applied = self._update_zero() if self._zero else self._update()
-        self.head_optimizer.zero_grad()
         metrics = {name: torch.stack([o[name] for o in outputs]).mean() for name in outputs[0]}
+        # A finite loss has finite gradients in the rows; whether the backbone's are is seen in their norm.
+        is_finite = math.isfinite(float(metrics["loss"]))
+        grad_norm, applied = (self._update_zero if self._zero else self._update)(is_finite, step)
+        self.head.end_step()
         return StepOutput(metrics, grad_norm, applied)
 
-    def _update(self) -> tuple[float, bool]:
+    def _update(self, is_finite: bool, step: int) -> tuple[float, bool]:
         """ZeRO stage 0: the averaged gradients are in ``parameter.grad``; clip both parts here."""
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         backbone_norm = float(torch.nn.utils.get_total_norm(gradients))
-        norm = (backbone_norm**2 + self._norm_of_head() ** 2) ** 0.5
-        if not _is_finite(norm):
+        norm = math.hypot(backbone_norm, self._norm_of_head_to_clip())
+        if not (is_finite and math.isfinite(norm)):
             return norm, False
+        divisor = self._clip_factor(norm)
         for gradient in gradients:
-            gradient.div_(self._clip_factor(norm))
+            gradient.div_(divisor)
         self.engine.step()
-        self._step_head(self._clip_factor(norm))
-        return norm, True
+        return math.hypot(backbone_norm, self._update_head(divisor, step)), True
 
-    def _update_zero(self) -> tuple[float, bool]:
+    def _update_zero(self, is_finite: bool, step: int) -> tuple[float, bool]:
         """ZeRO stages 1 and 2: DeepSpeed clips or skips by the norm that ``_joint_norm`` completes."""
         scale = float(self.engine.optimizer.loss_scale)  # changes inside engine.step()
-        self._head_norm = self._norm_of_head()
+        self._head_norm = self._norm_of_head_to_clip() if is_finite else math.inf
         self.engine.step()
         if not self.engine.was_step_applied():
-            return float("inf"), False
+            return math.inf, False
         norm = float(self.engine.optimizer._global_grad_norm)
-        self._step_head(scale * self._clip_factor(norm))
-        return norm, True
+        head_norm = self._update_head(scale * self._clip_factor(norm), step) / scale
+        return (norm if self._head_norm else math.hypot(norm, head_norm)), True
 
     def _joint_norm(self, *args: Any, **kwargs: Any) -> Tensor:
         """Stand in for ZeRO's norm: backbone and head, in units of the scaled loss; inf if not finite."""
         own = torch.as_tensor(self._backbone_norm(*args, **kwargs))
-        if own < 0 or not _is_finite(self._head_norm):  # DeepSpeed reports what is not finite as -1
+        if own < 0 or not math.isfinite(self._head_norm):  # DeepSpeed reports what is not finite as -1
             return torch.full_like(own, float("inf"))
         return (own**2 + self._head_norm**2).sqrt()
 
-    def _norm_of_head(self) -> float:
-        """Return the length of the head's gradient over all ranks, in units of the scaled loss."""
-        norms = [
-            torch.linalg.vector_norm(p.grad, dtype=torch.float64)
-            for p in self.head.parameters()
-            if p.grad is not None
-        ]
-        return float(sum_over(torch.stack(norms).square().sum(), self.group).sqrt())
+    def _norm_of_head_to_clip(self) -> float:
+        """Return the length of the head's gradient over all ranks, in units of the scaled loss.
+
+        0 if nothing is clipped and the head would have to go through its rows once more to know it.
+        """
+        asked = self.clip_norm or self.head.norm_is_cheap
+        return self._over_ranks(self.head.squared_norm()) if asked else 0.0
+
+    def _over_ranks(self, squared_norm: Tensor) -> float:
+        return float(sum_over(squared_norm, self.group).sqrt())
 
     def _clip_factor(self, norm: float) -> float:
         """Return what gradients are divided by so that their joint norm is at most ``clip_norm``."""
         return max(1.0, (norm + _EPSILON) / self.clip_norm) if self.clip_norm else 1.0
 
-    def _step_head(self, divisor: float) -> None:
-        for parameter in self.head.parameters():
-            if parameter.grad is not None and divisor != 1.0:
-                parameter.grad.div_(divisor)
-        self.head_optimizer.step()
-
-
-def _is_finite(x: float) -> bool:
-    return x - x == 0.0
+    def _update_head(self, divisor: float, step: int) -> float:
+        """Apply the head's gradient over ``divisor``; return its length before that."""
+        return self._over_ranks(self.head.update(self.head_optimizer, divisor=divisor, step=step))

@@ -56,7 +56,8 @@ def train(config: Config) -> dict[str, float]:
                 # Dropout draws from this: the same after a resume.
                 torch.manual_seed(fold(config.seed, state.step, world.rank))
                 lr = learning_rate(config, state.step)
-                out = update(batch.images_NCHW.to(world.device), batch.labels_N.to(world.device), lr)
+                images_NCHW, labels_N = batch.images_NCHW.to(world.device), batch.labels_N.to(world.device)
+                out = update(images_NCHW, labels_N, lr, state.step)
                 require_finite(out, config, state.step)
                 state.step, state.position = state.step + 1, position
 

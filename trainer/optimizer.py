@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from trainer.config import OptimConfig
+from trainer.rows import RowAdagrad
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -20,18 +21,26 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(config: OptimConfig, groups: Iterable[dict[str, Any]]) -> Optimizer:
-    """Build the optimizer; its learning rate is set anew before every step."""
-    if config.name == "sgd":
-        return SGD(list(groups), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
-    return AdamW(list(groups), lr=config.lr, betas=config.betas)
+def build_optimizer(
+    config: OptimConfig, groups: Iterable[dict[str, Any]], name: str | None = None
+) -> Optimizer:
+    """Build the configured optimizer, or that of ``name``; its learning rate is set anew before every step.
+
+    torch's fused kernels: one pass over memory, on CPU and GPU.
+    """
+    name = name or config.name
+    if name == "sgd":
+        return SGD(list(groups), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    if name == "adamw":
+        return AdamW(list(groups), lr=config.lr, betas=config.betas, fused=True)
+    return RowAdagrad(list(groups), lr=config.lr)
 
 
 def state_keys(optimizer: Optimizer) -> tuple[str, ...]:
-    """Return the names of the tensors that the optimizer keeps for each parameter, of the same shape."""
+    """Return the names of the tensors that the optimizer keeps for each parameter (row)."""
     if isinstance(optimizer, SGD):
         return ("momentum_buffer",) if optimizer.defaults["momentum"] else ()
-    return ("exp_avg", "exp_avg_sq")
+    return ("exp_avg", "exp_avg_sq") if isinstance(optimizer, AdamW) else ("square_sum",)
 
 
 def allocate_state(optimizer: Optimizer) -> None:
@@ -41,6 +50,9 @@ def allocate_state(optimizer: Optimizer) -> None:
     """
     for parameter in parameters_of(optimizer):
         state = optimizer.state[parameter]
+        if isinstance(optimizer, RowAdagrad):
+            state["square_sum"] = torch.zeros(len(parameter), device=parameter.device)
+            continue
         state.update({key: torch.zeros_like(parameter) for key in state_keys(optimizer)})
         if isinstance(optimizer, AdamW):
             state["step"] = torch.tensor(0.0)

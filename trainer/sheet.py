@@ -8,22 +8,21 @@ from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine import compute_dtype
 from trainer.index import Index
+from trainer.state import head_bytes, head_types
 
 
 def run_sheet(config: Config, world: World, index: Index, head: Any, start_step: int) -> dict[str, str]:
     """Return title -> text of every line; the head's line is of this rank."""
-    optim, rows = config.optim, next(head.parameters())
+    optim, dim = config.optim, next(head.parameters()).shape[1]
     engine, batch = config.engine, config.data.batch_size
     micro_batch = batch // (world.size * engine.accumulation_steps)
-    state_tensors = 2 if optim.name == "adamw" else int(optim.momentum > 0)
-    head_bytes = sum(p.numel() * p.element_size() for p in head.parameters()) * (1 + state_tensors)
     sheet = {
         "run": str(config.run_folder),
         "ranks": f"{world.size} on {world.device.type}, {world.local_size} on this host",
         "backbone": f"{config.backbone.name}, {compute_dtype(config, world)}, ZeRO {engine.zero_stage}",
-        "head": f"{config.loss.name}, {head.shard.num_classes} classes x {rows.shape[1]}"
-        + (f", scale {head.scale:.4g}" if config.loss.name == "coco" else ""),
-        "head per rank": f"{len(head.shard)} classes, {head_bytes / 2**20:.1f} MiB with optimizer state",
+        "head": f"{config.loss.name}, {head.shard.num_classes} classes x {dim}" + _how(config, head, world),
+        "head per rank": f"{len(head.shard)} classes, "
+        f"{head_bytes(config, len(head.shard), dim) / 2**20:.1f} MiB with optimizer state",
         "data": f"{index.num_samples} images, {index.num_classes} classes",
         "data fingerprint": index.fingerprint[:12],
         "global batch": f"{batch} images = {world.size} ranks x {engine.accumulation_steps} x {micro_batch}",
@@ -37,6 +36,17 @@ def run_sheet(config: Config, world: World, index: Index, head: Any, start_step:
     if engine.deepspeed_overrides:
         sheet["deepspeed overrides"] = str(engine.deepspeed_overrides)
     return sheet
+
+
+def _how(config: Config, head: Any, world: World) -> str:
+    """Return scale, way of updating and types of a head of cosines."""
+    if config.loss.name == "softmax":
+        return ""
+    text = f", scale {head.loss.scale:.4g}, {config.head.update}"
+    if config.head.update == "fused":
+        rows, products = (str(dtype).removeprefix("torch.") for dtype in head_types(config, world))
+        text += f", rows {rows}, products {products}"
+    return text
 
 
 def as_text(sheet: dict[str, str]) -> str:

@@ -13,11 +13,13 @@ from trainer.backbone import build_backbone
 from trainer.checkpoint import Checkpoints
 from trainer.collectives import sum_over
 from trainer.config import Config, to_dict
-from trainer.distributed import World
-from trainer.engine import build_engine, load_state, state_numbers, state_tensors
+from trainer.distributed import World, require_memory
+from trainer.engine import build_engine, compute_dtype, load_state, state_numbers, state_tensors
 from trainer.errors import UserError
+from trainer.fused import FusedCocoHead
 from trainer.head import ClassShard, CocoHead, SoftmaxHead
 from trainer.log import log
+from trainer.margins import build_margin
 from trainer.optimizer import allocate_state, build_optimizer, parameter_groups
 from trainer.order import Position
 from trainer.scale import scale_of
@@ -25,7 +27,7 @@ from trainer.scale import scale_of
 # A checkpoint is of another model, or of other data, if one of these differs.
 _IDENTITY = (
     "seed", "backbone.name", "backbone.channels", "backbone.neck", "backbone.embedding_dim", "loss.name",
-    "head.num_classes", "head.scale", "optim.name",
+    "head.num_classes", "head.scale", "head.optimizer", "optim.name",
 )  # fmt: skip
 
 
@@ -45,7 +47,8 @@ def build_state(config: Config, world: World) -> TrainState:
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.backbone, world.group)
     head = build_head(config, world, backbone.dim)
-    head_optimizer = build_optimizer(config.optim, parameter_groups(head, config.head.weight_decay))
+    name = None if config.head.optimizer == "same" else config.head.optimizer
+    head_optimizer = build_optimizer(config.optim, parameter_groups(head, config.head.weight_decay), name)
     allocate_state(head_optimizer)
     return TrainState(build_engine(config, backbone, world), head, head_optimizer)
 
@@ -57,12 +60,42 @@ def build_head(config: Config, world: World, dim: int) -> CocoHead | SoftmaxHead
     if num_classes < world.size:
         raise UserError(f"head.num_classes: {num_classes} classes cannot be cut over {world.size} ranks")
     shard = ClassShard.of_rank(num_classes, world.rank, world.size)
+    require_memory(head_bytes(config, len(shard), dim), world, f"head.num_classes: {num_classes} x {dim}")
     if config.loss.name == "softmax":
-        head: CocoHead | SoftmaxHead = SoftmaxHead(shard, dim, seed=config.seed, group=world.group)
-    else:
-        scale = scale_of(config.head.scale, num_classes)
-        head = CocoHead(shard, dim, scale=scale, seed=config.seed, group=world.group)
-    return head.to(world.device)
+        return SoftmaxHead(shard, dim, seed=config.seed, group=world.group).to(world.device)
+    scale = scale_of(config.head.scale, num_classes)
+    loss = build_margin(config.loss.name, scale, config.seed, **config.loss.margins).to(world.device)
+    if config.head.update == "autograd":
+        return CocoHead(shard, dim, loss=loss, seed=config.seed, group=world.group).to(world.device)
+    row_type, product_type = head_types(config, world)
+    return FusedCocoHead(
+        shard,
+        dim,
+        loss=loss,
+        seed=config.seed,
+        group=world.group,
+        row_type=row_type,
+        product_type=product_type,
+        cache_bytes=config.head.cache_mib << 20,
+    ).to(world.device)
+
+
+def head_types(config: Config, world: World) -> tuple[torch.dtype, torch.dtype]:
+    """Return the types of the fused head's rows and of its matrix products."""
+    product = config.head.product_dtype
+    if product == "auto":
+        in_bfloat16 = "bfloat16" in (config.head.state_dtype, compute_dtype(config, world))
+        product = "bfloat16" if in_bfloat16 else "float32"
+    return getattr(torch, config.head.state_dtype), getattr(torch, product)
+
+
+def head_bytes(config: Config, num_rows: int, dim: int) -> int:
+    """Return the bytes of a rank's rows and their optimizer state (and dense gradient, if there is one)."""
+    name = config.optim.name if config.head.optimizer == "same" else config.head.optimizer
+    matrices = {"sgd": 1 + bool(config.optim.momentum), "adamw": 3, "row_adagrad": 1}[name]
+    if config.loss.name == "softmax" or config.head.update == "autograd":
+        matrices += 1
+    return num_rows * (matrices * dim * getattr(torch, config.head.state_dtype).itemsize + 4)
 
 
 def save(state: TrainState, config: Config, checkpoints: Checkpoints, fingerprint: str) -> None:
@@ -71,6 +104,7 @@ def save(state: TrainState, config: Config, checkpoints: Checkpoints, fingerprin
     record = {
         "position": dataclasses.asdict(state.position),
         "numbers": state_numbers(state.engine),
+        "loss": loss_statistics(state.head),
         "data_fingerprint": fingerprint,
         "config": to_dict(config),
     }
@@ -94,6 +128,18 @@ def share_statistics(state: TrainState) -> None:
         if buffer.is_floating_point():
             mean = sum_over(buffer.double(), state.head.group) / state.head.group.size()
             buffer.copy_(mean)  # in float64 the mean of equal numbers is that number
+
+
+def loss_statistics(head: CocoHead | SoftmaxHead) -> dict[str, float]:
+    """Return the running statistics of a margin, the same on every rank; COCO has none."""
+    return {} if isinstance(head, SoftmaxHead) else {k: float(v) for k, v in head.loss.state_dict().items()}
+
+
+def load_loss_statistics(head: CocoHead | SoftmaxHead, record: dict[str, Any]) -> None:
+    """Restore what ``loss_statistics`` returned from a checkpoint's record."""
+    if not isinstance(head, SoftmaxHead):
+        for name, buffer in head.loss.named_buffers():
+            buffer.fill_(record["loss"][name])
 
 
 def resume(state: TrainState, config: Config, checkpoints: Checkpoints, fingerprint: str) -> None:
@@ -121,6 +167,7 @@ def resume(state: TrainState, config: Config, checkpoints: Checkpoints, fingerpr
     load_state(state.engine, checkpoint.read_tensors(path / "backbone.safetensors"), record["numbers"], path)
     rows = checkpoint.read_rows(path, state.head.shard)
     checkpoint.load_head(state.head, state.head_optimizer, rows, int(record["numbers"]["optimizer_steps"]))
+    load_loss_statistics(state.head, record)
     state.step, state.position = record["step"], Position(**record["position"])
     log.info("resumed from %s", path)
 

@@ -1,0 +1,113 @@
+"""Measure on this machine: one JSON object per line on stdout.
+
+python launch/benchmark.py head --classes 200000 --dim 512 --batch 256 --ranks 2 --against textbook
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launch._main import run
+from trainer.errors import UserError
+
+
+def main() -> None:
+    """Start the ranks, or be one of them."""
+    options = build_parser().parse_args()
+    if "RANK" not in os.environ and options.ranks > 1:
+        start_ranks(options.ranks)
+    else:
+        measure(options)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="benchmark.py"
+    )
+    commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    head = commands.add_parser("head", help="steps of the class-parallel head on synthetic features")
+    head.add_argument("--classes", type=positive, required=True, metavar="K", help="over all ranks")
+    head.add_argument("--dim", type=positive, default=512, metavar="D", help="width of the embedding")
+    head.add_argument("--batch", type=positive, default=256, metavar="B", help="images over all ranks")
+    head.add_argument("--ranks", type=positive, default=1, metavar="R", help="processes, one thread each")
+    head.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="rows and products")
+    head.add_argument("--update", choices=("fused", "autograd"), default="fused", help="head.update")
+    head.add_argument("--against", choices=("textbook",), help="time the usual way too, in turn")
+    head.add_argument("--steps", type=positive, default=5, metavar="N", help="rounds; the median is reported")
+    head.add_argument("--tile-rows", type=positive, metavar="T", help="classes of a tile (default: chosen)")
+    head.add_argument("--cache-mib", type=int, metavar="M", help="exponentials kept (default: the head's)")
+    head.add_argument("--json", action="store_true", help="for symmetry: the output is always JSON")
+    return parser
+
+
+def positive(text: str) -> int:
+    """Return a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Be one rank of the measurement; rank 0 prints. Raises UserError."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if options.ranks > 1 else "")
+    import torch
+
+    from trainer.benchmark import HeadCase, measure_head
+    from trainer.distributed import joined_world
+
+    torch.set_num_threads(1)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if options.batch % size:
+        raise UserError(f"--batch: {options.batch} is not divisible by {size} ranks")
+    if options.classes < size:
+        raise UserError(f"--classes: {options.classes} classes cannot be cut over {size} ranks")
+    case = HeadCase(
+        classes=options.classes,
+        dim=options.dim,
+        batch=options.batch,
+        dtype=options.dtype,
+        update=options.update,
+        against=options.against,
+        steps=options.steps,
+        tile_rows=options.tile_rows,
+        cache_mib=options.cache_mib,
+    )
+    with joined_world(timeout_seconds=1800.0) as world:
+        result = measure_head(case, world)
+        if world.is_main:
+            print(json.dumps(result), flush=True)
+
+
+def start_ranks(num_ranks: int) -> None:
+    """Run this command once per rank and end with the first exit code that is not 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *sys.argv],
+            env=os.environ
+            | {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}
+            | {"LOCAL_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        )
+        for rank in range(num_ranks)
+    ]
+    try:
+        codes = [rank.wait() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    if any(codes):
+        sys.exit(next(code for code in codes if code))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,403 @@
+"""The COCO head at its limit: exact softmax that never holds logits, normalised copies or dense gradients.
+
+Rows are visited in tiles small enough for the cache, twice in a step (docs/coco.md derives the formulas):
+
+    1. all-gather features, lengths and labels                              N x D -> B x D
+    2. first pass      e = exp(alpha F c^T), 0 at the targets;  s_i = sum_k e_ik;  U = e c
+    3. all-reduce SUM of [s_i, cosine of target i]     2B numbers: loss and every probability are exact
+       (all-reduce MAX of the nearest other, B numbers, runs beside it: for the metrics alone)
+    4. dL/dF = U / (s + e_target) + target term; reduce-scattered in backward by the gather of step 1
+    5. second pass     e again, dL/dc = p^T F, onto the tangent of c, and the optimizer *on that tile*
+
+|z| <= alpha leaves room in a float32, so no maximum has to be found before the sums. What pass 1 computed
+is kept for pass 2 as far as ``cache_bytes`` goes: three matrix products instead of four.
+
+Targets are left out of the sums and enter the loss as softplus(log s - z_target): a loss of 1e-9 and its
+gradient keep all their digits, and a margin changes B numbers instead of B x K.
+
+Legend: N images of this rank, B of all, C classes of this rank, K of all, D width, T classes of a tile.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+
+from trainer.collectives import start_max_over, sum_over
+from trainer.head import ClassShard, CocoHead, HeadOutput
+from trainer.margins import CosineSoftmax
+from trainer.rows import RowUpdate
+
+_LOG2_E = math.log2(math.e)  # exp2 is 2.5 times as fast as exp on a CPU, and as exact
+_ROOM = 86.0  # exp of +- this is an ordinary float32
+_SHORTEST = 1e-12  # as in torch's normalize
+
+
+@dataclass
+class _Batch:
+    """What the passes need to know of a (micro-)batch."""
+
+    features_BD: Tensor
+    scaled_BD: Tensor
+    """Features times what makes an exponent of a cosine, in the type of the products."""
+    places_B: Tensor
+    """The target's row of this rank; outside of 0..C if another rank holds it."""
+    columns_B: Tensor
+    """0..B-1."""
+    is_own_B: Tensor
+    """Whether this rank holds the target."""
+    targets_B: Tensor
+    """Cosine of the target, the same on every rank."""
+    shift: float
+    """What the exponents are lowered by; 0 unless the scale is large."""
+    kept: list[Tensor]
+    """The exponentials of the first tiles."""
+
+
+@dataclass
+class _Slopes:
+    """The gradient of a batch's loss in its cosines."""
+
+    weight_B: Tensor
+    """dL/dcos_ik = weight_i e_ik for every class k but the target."""
+    slope_B: Tensor
+    """dL/dcos of the target."""
+
+
+class _Workspace:
+    """Buffers of one tile, allocated once: fresh memory costs a CPU as much as the arithmetic on it."""
+
+    def __init__(self, rows: int, batch: int, dim: int, product_type: torch.dtype, device: torch.device):
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self.nothing = torch.tensor(-torch.inf, device=device)  # the logit of a class that does not count
+        self._kept: list[Tensor] = []
+        self.unit_TD = empty(rows, dim, dtype=product_type)
+        self.rows_TD, self.gradient_TD, self.scratch_TD = (empty(rows, dim) for _ in range(3))
+        # One row more than a tile has: targets that are elsewhere are written there.
+        self.e_TB = empty(rows + 1, batch)
+        is_float32 = product_type == torch.float32
+        self.product_TB = self.e_TB if is_float32 else empty(rows + 1, batch, dtype=product_type)
+        self.product_BD = empty(batch, dim, dtype=product_type)
+        self.product_TD = self.gradient_TD if is_float32 else empty(rows, dim, dtype=product_type)
+
+    def buffer_to_keep(self, number: int, rows: int) -> Tensor:
+        """Return the buffer of a tile's exponentials that lasts until the second pass."""
+        if number == len(self._kept):
+            self._kept.append(torch.empty_like(self.product_TB))
+        return self._kept[number][: rows + 1]
+
+
+class FusedCocoHead(CocoHead):
+    """``CocoHead`` with another arithmetic: the same loss, metrics, gradients and updates, to rounding."""
+
+    norm_is_cheap = False
+
+    _inverse_C1: Tensor
+    """1 / length of each row, as the first pass has found it."""
+
+    def __init__(
+        self,
+        shard: ClassShard,
+        dim: int,
+        *,
+        loss: CosineSoftmax,
+        seed: int,
+        group: ProcessGroup,
+        row_type: torch.dtype = torch.float32,
+        product_type: torch.dtype = torch.float32,
+        tile_rows: int | None = None,
+        cache_bytes: int = 64 << 20,
+    ) -> None:
+        super().__init__(shard, dim, loss=loss, seed=seed, group=group, row_type=row_type)
+        self.product_type, self.tile_rows, self.cache_bytes = product_type, tile_rows, cache_bytes
+        self.seed = seed
+        self._row_update: RowUpdate | None = None
+        self._waiting: list[tuple[_Batch, _Slopes]] = []
+        self._workspaces: dict[int, _Workspace] = {}
+        self.register_buffer("_inverse_C1", torch.empty(len(shard), 1), persistent=False)
+
+    def of_features(self, features_BD: Tensor, lengths_B: Tensor, labels_B: Tensor) -> HeadOutput:
+        """Return loss and metrics of a batch that every rank holds whole. Every rank must call it.
+
+        With gradients enabled the batch waits for ``update``, after its backward pass.
+        """
+        loss, targets_B, others_B = _TwoPasses.apply(features_BD, lengths_B, labels_B, self)
+        return self._output(loss, targets_B, others_B)
+
+    # ------------------------------------------------------------------------------------- first pass
+
+    def prepare(self, features_BD: Tensor, labels_B: Tensor) -> tuple[_Batch, Tensor]:
+        """Return the batch, and the targets' centroids where this rank holds them (B x D, else any)."""
+        places_B = labels_B - self.shard.start
+        is_own_B = (places_B >= 0) & (places_B < len(self.shard))
+        target_rows_BD = F.normalize(self.centroids_CD[places_B.clamp(0, len(self.shard) - 1)].float())
+        cosine_B = (features_BD.double() * target_rows_BD).sum(1) * is_own_B
+        scaled_BD = (features_BD * (self.loss.scale * _LOG2_E)).to(self.product_type)
+        columns_B = torch.arange(len(labels_B), device=labels_B.device)
+        shift = self._shift(len(labels_B))
+        batch = _Batch(features_BD, scaled_BD, places_B, columns_B, is_own_B, cosine_B, shift, [])
+        return batch, target_rows_BD
+
+    def _shift(self, batch: int) -> float:
+        """Return what exponents are lowered by so that B times a sum over all classes is a float32."""
+        log_terms = math.log(self.shard.num_classes) + math.log(batch)
+        return max(0.0, self.loss.highest_logit() + log_terms - _ROOM)
+
+    def loss_of(
+        self, batch: _Batch, sums_B: Tensor, lengths_B: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the mean loss and, per image, weight, slope of the target's cosine and of the length.
+
+        All in float64, the same on every rank; communicates nothing.
+        """
+        with torch.enable_grad():
+            cosine_B = batch.targets_B.detach().requires_grad_()
+            length_B = lengths_B.detach().double().requires_grad_()
+            # -log(e_y / (s + e_y)): of what is small, not a difference of what is large
+            log_odds_B = self._log(sums_B) + batch.shift - self.loss.target(cosine_B, length_B)
+            loss_B = F.softplus(log_odds_B)
+            if (penalty_B := self.loss.penalty(length_B)) is not None:
+                loss_B = loss_B + penalty_B
+            loss = loss_B.mean()
+            slope_B, slope_of_length_B = torch.autograd.grad(
+                loss, (cosine_B, length_B), allow_unused=True, materialize_grads=True
+            )
+        weight_B = self.loss.scale * torch.sigmoid(log_odds_B.detach()) / (sums_B * len(sums_B))
+        return loss.detach(), weight_B, slope_B, slope_of_length_B
+
+    def _log(self, sums_B: Tensor) -> Tensor:
+        """Return the logarithm; NaN, which ends the run, where exponentials below 1e-38 could be missed.
+
+        Those of K classes are less than 1e-7 of a sum of at least K e^-71. Without a shift they all count;
+        with one, the mean cosine of a feature with *all* classes would have to be far below zero.
+        """
+        if self._shift(len(sums_B)) == 0.0:
+            return sums_B.log()
+        lowest = self.shard.num_classes * math.exp(15.0 - _ROOM)
+        return sums_B.log().masked_fill(sums_B < lowest, torch.nan)
+
+    def first_pass(self, batch: _Batch, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return, of this rank's rows, s_B (float64), U_BD and each image's highest exponent."""
+        features_BD, work = batch.features_BD, self._workspace(len(batch.features_BD))
+        sums_B = features_BD.new_zeros(len(features_BD), dtype=torch.float64)
+        highest_B = features_BD.new_full((len(features_BD),), -torch.inf)
+        gradient_BD = torch.zeros_like(features_BD)
+        num_kept = self._num_kept(len(features_BD)) if with_gradient else 0
+        for number, (low, high) in enumerate(self.tiles(len(features_BD))):
+            rows_TD = self._rows(low, high, work)
+            inverse_T1 = torch.linalg.vector_norm(rows_TD, dim=1).clamp_min_(_SHORTEST).reciprocal_()[:, None]
+            self._inverse_C1[low:high] = inverse_T1  # for the second pass
+            unit_TD = self._unit(rows_TD, inverse_T1, work)
+            if number < num_kept:
+                batch.kept.append(work.buffer_to_keep(number, high - low))
+            out_TB = batch.kept[number] if number < len(batch.kept) else work.product_TB[: high - low + 1]
+            e_TB = self._exponentials(unit_TD, low, batch, work, out_TB, highest_B)
+            sums_B += e_TB.sum(0)
+            if with_gradient:
+                self._add_product(gradient_BD, out_TB[: high - low].T, unit_TD, work.product_BD)
+        return sums_B, gradient_BD, highest_B
+
+    def _exponentials(
+        self,
+        unit_TD: Tensor,
+        low: int,
+        batch: _Batch,
+        work: _Workspace,
+        out_TB: Tensor,
+        highest_B: Tensor | None = None,
+    ) -> Tensor:
+        """Return e in float32, and in ``out_TB`` its derivative in the exponent, for the products.
+
+        Both are 0 at the targets. ``highest_B`` is raised to the highest exponent before margins.
+        """
+        rows = len(unit_TD)
+        torch.mm(unit_TD, batch.scaled_BD.T, out=out_TB[:rows])
+        z_TB = out_TB if out_TB.dtype == torch.float32 else work.e_TB[: rows + 1].copy_(out_TB)
+        z_TB = z_TB.index_put_(self._targets(batch, low, rows), work.nothing)[:rows]
+        if highest_B is not None:
+            torch.maximum(highest_B, z_TB.amax(0), out=highest_B)
+        slope_TB = None
+        if self.loss.needs_target_first:
+            z_TB, slope_TB = self.loss.others(z_TB / _LOG2_E, batch.targets_B)
+            z_TB = z_TB * _LOG2_E
+        if batch.shift:
+            z_TB.sub_(batch.shift * _LOG2_E)
+        e_TB = z_TB.exp2_()
+        if slope_TB is not None:
+            out_TB[:rows] = e_TB * slope_TB
+        elif out_TB.dtype != torch.float32:
+            out_TB[:rows] = e_TB
+        return e_TB
+
+    # ------------------------------------------------------------------------------------ second pass
+
+    def _gradients(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Yield (low, high, rows_TD, gradient_TD) of each tile, over all batches that wait.
+
+        Both are float32 and only good until the next tile; ``rows_TD`` may be the rows themselves.
+        """
+        prepared = [(batch, *self._factors(batch, slopes)) for batch, slopes in self._waiting]
+        batch_size = len(self._waiting[0][0].features_BD)  # equal for all micro-batches
+        work = self._workspace(batch_size)
+        for number, (low, high) in enumerate(self.tiles(batch_size)):
+            rows, gradient_TD = high - low, work.gradient_TD[: high - low]
+            rows_TD, inverse_T1, unit_TD = self._rows(low, high, work), self._inverse_C1[low:high], None
+            for i, (batch, weighted_BD, entry_B) in enumerate(prepared):
+                if number < len(batch.kept):
+                    weighted_TB = batch.kept[number]
+                else:
+                    weighted_TB = work.product_TB[: rows + 1]
+                    if unit_TD is None:
+                        unit_TD = self._unit(rows_TD, inverse_T1, work)
+                    self._exponentials(unit_TD, low, batch, work, weighted_TB)
+                weighted_TB.index_put_(self._targets(batch, low, rows), entry_B)
+                if i == 0:
+                    product_TD = torch.mm(weighted_TB[:rows], weighted_BD, out=work.product_TD[:rows])
+                    if product_TD.dtype != torch.float32:
+                        gradient_TD.copy_(product_TD)
+                else:
+                    self._add_product(gradient_TD, weighted_TB[:rows], weighted_BD, work.product_TD)
+            # d/dw of c = w / |w|: onto the tangent of the sphere, shorter by |w|.
+            radial_T1 = torch.mul(gradient_TD, rows_TD, out=work.scratch_TD[:rows]).sum(1, keepdim=True)
+            gradient_TD.addcmul_(rows_TD, radial_T1.mul_(inverse_T1.square()), value=-1.0)
+            yield low, high, rows_TD, gradient_TD.mul_(inverse_T1)
+
+    def _factors(self, batch: _Batch, slopes: _Slopes) -> tuple[Tensor, Tensor]:
+        """Return what turns exponentials into a gradient by one product, and the entries of the targets."""
+        weighted_BD = (batch.features_BD * slopes.weight_B[:, None].float()).to(self.product_type)
+        return weighted_BD, (slopes.slope_B / slopes.weight_B).to(self.product_type)
+
+    @torch.no_grad()
+    def squared_norm(self) -> Tensor:
+        """Return the squared length of the gradient of this rank's rows (float64): costs a second pass."""
+        total = torch.zeros((), dtype=torch.float64, device=self.centroids_CD.device)
+        for *_, gradient_TD in self._gradients():
+            total += gradient_TD.square().sum()
+        return total
+
+    @torch.no_grad()
+    def update(self, optimizer: Optimizer, *, divisor: float, step: int) -> Tensor:
+        """Divide the gradient of all waiting batches by ``divisor`` and apply it, tile by tile.
+
+        ``step``, from 0, selects the random bits that round rows in bfloat16. Returns the squared length of
+        the gradient (float64), of this rank's rows and before the division.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.centroids_CD.device)
+        if self._row_update is None or self._row_update.optimizer is not optimizer:
+            rows = self.centroids_CD
+            self._row_update = RowUpdate(optimizer, rows, first_class=self.shard.start, seed=self.seed)
+        self._row_update.begin_step(step)
+        for low, high, rows_TD, gradient_TD in self._gradients():
+            total += torch.linalg.vector_norm(gradient_TD).square()
+            if divisor != 1.0:
+                gradient_TD.div_(divisor)
+            self._row_update.apply(low, high, rows_TD, gradient_TD)
+        return total
+
+    def wait_for_update(self, batch: _Batch, slopes: _Slopes) -> None:
+        """Add a batch to those of the next ``update``; called by the backward pass."""
+        self._waiting.append((batch, slopes))
+
+    def end_step(self) -> None:
+        """Drop the batches that wait: they were used, or the step was skipped."""
+        super().end_step()
+        self._waiting.clear()
+
+    # ------------------------------------------------------------------------------------------ tiles
+
+    def tiles(self, batch: int) -> Iterator[tuple[int, int]]:
+        """Yield (low, high) of each tile of this rank's rows."""
+        rows, tile = len(self.shard), self.rows_of_tile(batch)
+        for low in range(0, rows, tile):
+            yield low, min(low + tile, rows)
+
+    def rows_of_tile(self, batch: int) -> int:
+        """Return T: a tile with all its buffers should stay in the cache, and fill an accelerator."""
+        if self.tile_rows is not None:
+            return self.tile_rows
+        numbers = 3 << 18 if self.centroids_CD.device.type == "cpu" else 1 << 26
+        return 1 << max(6, int(math.log2(numbers / (self.centroids_CD.shape[1] + batch))))
+
+    def _workspace(self, batch: int) -> _Workspace:
+        if batch not in self._workspaces:
+            self._workspaces.clear()  # an evaluation may come with other sizes
+            rows = min(self.rows_of_tile(batch), len(self.shard))
+            dim, device = self.centroids_CD.shape[1], self.centroids_CD.device
+            self._workspaces[batch] = _Workspace(rows, batch, dim, self.product_type, device)
+        return self._workspaces[batch]
+
+    def _rows(self, low: int, high: int, work: _Workspace) -> Tensor:
+        """Return the rows of a tile as float32: themselves if they are."""
+        rows_TD = self.centroids_CD[low:high]
+        return rows_TD if rows_TD.dtype == torch.float32 else work.rows_TD[: high - low].copy_(rows_TD)
+
+    def _unit(self, rows_TD: Tensor, inverse_T1: Tensor, work: _Workspace) -> Tensor:
+        """Return the centroids c = w / |w| of a tile in the type of the products."""
+        unit_TD = work.unit_TD[: len(rows_TD)]
+        if unit_TD.dtype == torch.float32:
+            return torch.mul(rows_TD, inverse_T1, out=unit_TD)
+        return unit_TD.copy_(torch.mul(rows_TD, inverse_T1, out=work.scratch_TD[: len(rows_TD)]))
+
+    def _targets(self, batch: _Batch, low: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Return where the targets are in a tile: in the row behind its last if they are elsewhere."""
+        places_B = batch.places_B - low
+        places_B.masked_fill_((places_B < 0) | (places_B > rows), rows)
+        return places_B, batch.columns_B
+
+    def _num_kept(self, batch: int) -> int:
+        """Return how many tiles' exponentials are kept for the second pass: none but of the first batch."""
+        tile_bytes = (self.rows_of_tile(batch) + 1) * batch * self.product_type.itemsize
+        return 0 if self._waiting else self.cache_bytes // tile_bytes
+
+    def _add_product(self, sum_: Tensor, left: Tensor, right: Tensor, buffer: Tensor) -> None:
+        """Add a product to a float32 sum; ``buffer`` has its size and the type of the products."""
+        if self.product_type == torch.float32:
+            sum_.addmm_(left, right)
+        else:
+            sum_.add_(torch.mm(left, right, out=buffer[: len(sum_)]))
+
+
+class _TwoPasses(torch.autograd.Function):
+    """The loss of the global batch. Forward is the first pass; backward hands the batch to the second."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, features_BD: Tensor, lengths_B: Tensor, labels_B: Tensor, head: FusedCocoHead
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with_gradient = ctx.needs_input_grad[0]
+        batch, target_rows_BD = head.prepare(features_BD, labels_B)
+        if head.loss.needs_target_first:
+            batch.targets_B = sum_over(batch.targets_B, head.group)
+        sums_B, gradient_BD, highest_B = head.first_pass(batch, with_gradient)
+        finish_highest = start_max_over(highest_B, head.group)
+        if head.loss.needs_target_first:
+            sums_B = sum_over(sums_B, head.group)
+        else:
+            sums_B, batch.targets_B = sum_over(torch.stack([sums_B, batch.targets_B]), head.group)
+        loss, weight_B, slope_B, slope_of_length_B = head.loss_of(batch, sums_B, lengths_B)
+        if with_gradient:
+            head.observe_later(batch.targets_B, lengths_B, sums_B.log() + batch.shift)
+        if with_gradient:
+            gradient_BD.mul_(weight_B[:, None].float())
+            gradient_BD.addcmul_(target_rows_BD, (slope_B * batch.is_own_B)[:, None].float())
+            ctx.save_for_backward(gradient_BD, (slope_of_length_B * batch.is_own_B).to(lengths_B.dtype))
+            ctx.head, ctx.batch, ctx.slopes = head, batch, _Slopes(weight_B, slope_B)
+        others_B = finish_highest() / (head.loss.scale * _LOG2_E)
+        targets_B = batch.targets_B.float()
+        ctx.mark_non_differentiable(targets_B, others_B)
+        return loss.float(), targets_B, others_B
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        gradient_BD, slope_of_length_B = ctx.saved_tensors
+        slopes = _Slopes(ctx.slopes.weight_B * grad, ctx.slopes.slope_B * grad)
+        ctx.head.wait_for_update(ctx.batch, slopes)
+        return gradient_BD * grad, slope_of_length_B * grad, None, None

@@ -1,0 +1,734 @@
+"""Memory, traffic and time of a step for K classes on N GPUs, before renting them.
+
+Memory of the head and bytes on the links follow from the shapes in ``trainer/fused.py``. The backbone is
+counted by a forward pass without memory (torch's meta device). Seconds are bytes and operations divided by
+the speeds of ``GPUS``, which are data sheets times a share that is usually reached: they rank alternatives,
+and are within a factor of two at best. With a profile the head's seconds come from least squares over
+measurements of the user's own machine; nothing else does. No second is hidden behind another.
+
+Legend: B images of all ranks, C classes of the rank with most, K of all, D width, R ranks, T classes of a tile.
+"""
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from trainer.backbone import build_backbone, image_size_of
+from trainer.config import BackboneConfig
+from trainer.errors import UserError
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_MOMENTS = {"sgd": 1, "adamw": 2, "row_adagrad": 0}
+_NOISE_ROWS = 2 * 1024  # of the table in trainer/rows.py
+
+
+# ---------------------------------------------------------------------------------------------- machines
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A device by its data sheet; ``cpu`` is one thread. Links are per device and direction."""
+
+    memory_gib: float
+    """What a process can allocate: below the number in the name."""
+    tflops: dict[str, float]
+    """Dense 10^12 multiplications and additions per second by type; float32 without TF32."""
+    memory_gb_s: float
+    inside_gb_s: float
+    """To another device of the node: NVLink, or PCIe."""
+    between_gb_s: float
+    """Share of the node's network, of the usual machine with 8 of them."""
+    latency_us: float = 30.0
+    """Of one collective, however small."""
+
+
+GPUS = {
+    "h100": Gpu(79.1, {"bfloat16": 989, "float16": 989, "float32": 67}, 3350, 450, 50),
+    "a100-80": Gpu(79.2, {"bfloat16": 312, "float16": 312, "float32": 19.5}, 2039, 300, 25),
+    "a100-40": Gpu(39.4, {"bfloat16": 312, "float16": 312, "float32": 19.5}, 1555, 300, 25),
+    "v100-32": Gpu(31.7, {"float16": 125, "float32": 15.7}, 900, 150, 6.25),
+    "v100-16": Gpu(15.8, {"float16": 125, "float32": 15.7}, 900, 150, 6.25),
+    "l40s": Gpu(44.4, {"bfloat16": 362, "float16": 362, "float32": 91.6}, 864, 32, 12.5),
+    "cpu": Gpu(math.nan, {"bfloat16": 0.2, "float32": 0.12}, 15, 2, 1, latency_us=200.0),
+}
+
+# Shares of the data sheet, and how often training passes over what a backbone keeps. Together they give 2690,
+# 1140 and 298 images/s for ResNet-50 at 224 pixels on an A100 (mixed), a V100 (mixed) and a V100 (float32);
+# NVIDIA DeepLearningExamples publishes 2470, 1200 and 367.
+_SHARE_OF_TFLOPS = {"bfloat16": 0.5, "float16": 0.5, "float32": 0.65}
+_SHARE_OF_MEMORY = 0.8
+_SHARE_OF_LINK = 0.8
+_PASSES_OVER_ACTIVATIONS = 8
+
+_SLACK_OF_ACTIVATIONS = 1.15  # gradients that live for a moment in the backward pass
+_RESERVE_BYTES = {"cpu": 3 << 28, "gpu": 2 << 30}  # libraries, communication buffers, work space
+_RESERVE_SHARE = {"cpu": 0.0, "gpu": 0.05}  # of the memory: gaps that the allocator cannot use
+
+
+# -------------------------------------------------------------------------------------------------- head
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadWork:
+    """What a rank's part of the fused head holds and does in a step; all numbers follow from the shapes."""
+
+    classes: int
+    dim: int
+    batch: int
+    """Images of one pass: those of all ranks in a micro-batch."""
+    ranks: int
+    state_dtype: str
+    product_dtype: str
+    optimizer: str
+    on_cpu: bool
+    cache_bytes: int = 64 << 20
+
+    @property
+    def rows(self) -> int:
+        """C of the rank with most."""
+        return -(-self.classes // self.ranks)
+
+    @property
+    def tile_rows(self) -> int:
+        """T, as ``FusedCocoHead.rows_of_tile`` chooses it."""
+        numbers = 3 << 18 if self.on_cpu else 1 << 26
+        return int(1 << max(6, int(math.log2(numbers / (self.dim + self.batch)))))
+
+    @property
+    def kept_tiles(self) -> int:
+        """Tiles whose exponentials wait for the second pass."""
+        tile_bytes = (self.tile_rows + 1) * self.batch * _BYTES[self.product_dtype]
+        return min(self.cache_bytes // tile_bytes, -(-self.rows // self.tile_rows))
+
+    def memory(self) -> dict[str, int]:
+        """Return bytes by part. Exact but for the temporaries in "gathered features"."""
+        width, product = _BYTES[self.state_dtype], _BYTES[self.product_dtype]
+        tile = min(self.tile_rows, self.rows)
+        e_bytes = (tile + 1) * self.batch
+        moments = _MOMENTS[self.optimizer]
+        buffers = (3 * 4 + product) * tile * self.dim + 4 * e_bytes + product * self.batch * self.dim
+        if self.product_dtype != "float32":
+            buffers += product * (e_bytes + tile * self.dim)
+        if self.state_dtype != "float32":
+            buffers += 4 * self.dim * (moments * tile + _NOISE_ROWS)
+        state = moments * width * self.dim if moments else 4
+        return {
+            "rows": width * self.rows * self.dim,
+            "row_optimizer_state": self.rows * state,
+            "inverse_lengths": 4 * self.rows,
+            "tile": buffers,
+            "kept_exponentials": self.kept_tiles * product * e_bytes,
+            # gathered, their gradient, twice in the type of products; cosines of targets in float64
+            "gathered_features": self.batch * (4 * (self.dim + 3) + (4 + 2 * product + 16) * self.dim),
+        }
+
+    def flop(self) -> tuple[float, float]:
+        """Return operations of pass 1 and 2: four products of 2 B D C, less what was kept."""
+        product = 2.0 * self.batch * self.dim * self.rows
+        return 2 * product, (2 - self._kept_share) * product
+
+    def traffic(self) -> tuple[float, float]:
+        """Return bytes that pass 1 and 2 read and write outside of matrix products, line by line of fused.py.
+
+        They come from memory on a GPU and from the cache on a CPU.
+        """
+        low_rows, low_products = self.state_dtype != "float32", self.product_dtype != "float32"
+        exponentials = 8 + (6 + 6 if low_products else 0)  # exp2 in place; to float32 before and back after
+        unit = 4 + 4 + (6 if low_products else 0)
+        load = 6 if low_rows else 0
+        first_B, first_D = exponentials + 4 + 4, load + 4 + unit  # maximum and sum; length
+        remade = 1 - self._kept_share
+        # tangent: product and its sum, addcmul, scale; length for the norm; then the optimizer
+        second_D = load + (6 if low_products else 0) + (12 + 4) + 12 + 8 + 4 + self._optimizer_bytes(low_rows)
+        first = self.rows * (first_B * self.batch + first_D * self.dim)
+        second = self.rows * (remade * exponentials * self.batch + (second_D + remade * unit) * self.dim)
+        return float(first), float(second)
+
+    def _optimizer_bytes(self, low_rows: bool) -> int:
+        """Return bytes per number of a row: read and write it and its moments, read the gradient."""
+        moments = _MOMENTS[self.optimizer]
+        if not moments:
+            return 4 + 8 + 12 + (26 if low_rows else 0)
+        return 12 + 8 * moments + (26 + 12 * moments if low_rows else 0)  # add noise, cut, store; load, store
+
+    @property
+    def _kept_share(self) -> float:
+        return min(1.0, self.kept_tiles * self.tile_rows / self.rows)
+
+
+@dataclass(frozen=True)
+class HeadSpeed:
+    """What turns ``HeadWork`` into seconds, for one type of products."""
+
+    flop_per_second: float
+    bytes_per_second: float
+    constant_seconds: float
+
+    def seconds(self, work: HeadWork) -> tuple[float, float]:
+        """Return seconds of pass 1 (with the constant) and pass 2."""
+        first, second = (
+            flop / self.flop_per_second + moved / self.bytes_per_second
+            for flop, moved in zip(work.flop(), work.traffic(), strict=True)
+        )
+        return first + self.constant_seconds, second
+
+
+def speed_of(gpu: str, dtype: str) -> HeadSpeed:
+    """Return the speed by the data sheet, which measured nothing; 2 ms go for starting kernels."""
+    sheet = GPUS[gpu]
+    flop = sheet.tflops[dtype] * 1e12 * _SHARE_OF_TFLOPS[dtype]
+    return HeadSpeed(flop, sheet.memory_gb_s * 1e9 * _SHARE_OF_MEMORY, 2e-3)
+
+
+# ----------------------------------------------------------------------------------------------- profile
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Speeds that were measured, and how well they give back what they were made from."""
+
+    path: str
+    lines: int
+    device: str
+    speeds: dict[str, HeadSpeed]
+    """By type of the products."""
+    worst_time_error: float
+    """Largest |fitted / measured - 1| of the step times."""
+    worst_memory_error: float
+    """The same of state + extra bytes, which are not fitted."""
+
+
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "classes": int, "dim": int, "global_batch": int, "ranks": int, "dtype": str, "device": str,
+    "step_seconds": (int, float), "gemm_seconds": (int, float),
+    "state_bytes_per_rank": int, "peak_extra_bytes_per_rank": int,
+}  # fmt: skip
+
+
+def read_profile(path: Path) -> Profile:
+    """Fit the lines of ``launch/benchmark.py head``, made with its own tiles and cache. Raises UserError."""
+    lines = list(_profile_lines(path))
+    devices = sorted({line["device"] for line in lines})
+    if len(devices) != 1:
+        raise UserError(f"--profile {path}: lines of one device are needed, got {devices or 'none'}")
+    works = [_work_of(line) for line in lines]
+    speeds = {}
+    for dtype in sorted({line["dtype"] for line in lines}):
+        chosen = [i for i, line in enumerate(lines) if line["dtype"] == dtype]
+        try:
+            speeds[dtype] = fit_speed([works[i] for i in chosen], [lines[i] for i in chosen])
+        except ValueError as error:
+            raise UserError(f"--profile {path}: {dtype}: {error}") from error
+    time_errors, memory_errors = [0.0], [0.0]
+    for work, line in zip(works, lines, strict=True):
+        time_errors.append(sum(speeds[line["dtype"]].seconds(work)) / line["step_seconds"] - 1)
+        measured = line["state_bytes_per_rank"] + line["peak_extra_bytes_per_rank"]
+        memory_errors.append(sum(work.memory().values()) / measured - 1)
+    return Profile(
+        str(path), len(lines), devices[0], speeds, max(map(abs, time_errors)), max(map(abs, memory_errors))
+    )
+
+
+def fit_speed(works: Sequence[HeadWork], lines: Sequence[dict[str, Any]]) -> HeadSpeed:
+    """Return a, b, c >= 0 of step = a flop + b bytes + c and products = a 4 (2 B D C), by least squares.
+
+    Errors are relative, so that short steps count as much as long ones. Raises ValueError when the lines
+    are too few or too alike to tell the three apart.
+    """
+    equations, seconds = [], []
+    for work, line in zip(works, lines, strict=True):
+        equations += [[sum(work.flop()), sum(work.traffic()), 1.0], [2 * work.flop()[0], 0.0, 0.0]]
+        seconds += [line["step_seconds"], line["gemm_seconds"]]
+    a, b, c = _non_negative_least_squares(np.array(equations) / np.array(seconds)[:, None])
+    if not a:
+        raise ValueError("no time of the matrix products can be made out")
+    return HeadSpeed(1 / a, 1 / b if b else math.inf, c)
+
+
+def _non_negative_least_squares(rows_NX: np.ndarray) -> list[float]:
+    """Return x >= 0 with the smallest |rows x - 1|: the best of all choices of which are 0."""
+    size = rows_NX.shape[1]
+    scale_X = rows_NX.max(axis=0)
+    scaled_NX = rows_NX / scale_X
+    if len(rows_NX) < size or np.linalg.cond(scaled_NX) > 1e6:
+        raise ValueError("needs lines with different numbers of classes")
+    best, best_error = np.zeros(size), math.inf
+    for number in range(1, size + 1):
+        for chosen in map(list, itertools.combinations(range(size), number)):
+            x, *_ = np.linalg.lstsq(scaled_NX[:, chosen], np.ones(len(rows_NX)), rcond=None)
+            error = float(np.square(scaled_NX[:, chosen] @ x - 1).sum())
+            if (x >= 0).all() and error < best_error:
+                best, best_error = np.zeros(size), error
+                best[chosen] = x
+    return [float(x) for x in best / scale_X]
+
+
+def _profile_lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise UserError(f"--profile {path}: {reason}") from error
+    for number, row in enumerate(text.splitlines(), 1):
+        if row.strip():
+            yield _checked_line(f"--profile {path}:{number}", row)
+
+
+def _checked_line(where: str, row: str) -> dict[str, Any]:
+    try:
+        line = json.loads(row)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON") from error
+    if not isinstance(line, dict) or line.get("name") != "head-fused":
+        raise UserError(f'{where}: not a line of "benchmark.py head": "name" is not "head-fused"')
+    for name, kind in _FIELDS.items():
+        value = line.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UserError(f'{where}: "{name}" is {value!r}')
+        if not isinstance(value, str) and not 0 < value < math.inf:
+            raise UserError(f'{where}: "{name}" is {value}, not above 0')
+    if line["dtype"] not in ("float32", "bfloat16"):
+        raise UserError(f'{where}: "dtype" is {line["dtype"]!r}')
+    return line
+
+
+def _work_of(line: dict[str, Any]) -> HeadWork:
+    return HeadWork(
+        classes=line["classes"], dim=line["dim"], batch=line["global_batch"], ranks=line["ranks"],
+        state_dtype=line["dtype"], product_dtype=line["dtype"], optimizer="sgd",
+        on_cpu=line["device"] == "cpu",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- backbone
+
+
+@dataclass(frozen=True)
+class BackboneCost:
+    """A backbone with its neck, counted: nothing is measured."""
+
+    name: str
+    parameters: int
+    forward_flop: float
+    """Of an image; the backward pass is taken as twice that."""
+    kept_bytes: dict[str, float]
+    """What autograd keeps of an image, by compute type; attention as if it were not fused."""
+    norm_inputs: int
+    """Numbers of an image that enter a batch norm: a global one keeps them in float32."""
+    norm_channels: int
+    norm_layers: int
+
+
+def count_backbone(name: str, image_size: int | None, dim: int) -> BackboneCost:
+    """Count a network by its forward pass on shapes alone. Raises UserError for what timm does not know."""
+    config = BackboneConfig(name=name, image_size=image_size, embedding_dim=dim, batch_norm="local")
+    with torch.device("meta"):
+        backbone = build_backbone(config, None)  # type: ignore[arg-type]  # only global batch norms need one
+    size = image_size_of(config)
+    norms = [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    parameters = sum(p.numel() for p in backbone.parameters())
+    flop, entered, _ = _forward(backbone, norms, torch.zeros(2, 3, size, size, device="meta"))
+    kept = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        kept_bytes = [
+            _forward(backbone.to(dtype), norms, torch.zeros(n, 3, size, size, device="meta"))[2]
+            for n in (2, 4)
+        ]
+        kept[str(dtype).removeprefix("torch.")] = (kept_bytes[1] - kept_bytes[0]) / 2  # without constants
+    kept["float16"] = kept["bfloat16"]
+    channels = sum(m.num_features for m in norms)
+    return BackboneCost(name, parameters, flop / 2, kept, entered // 2, channels, len(norms))
+
+
+def _forward(
+    backbone: nn.Module, norms: Sequence[nn.Module], images_NCHW: Tensor
+) -> tuple[float, int, int]:
+    """Return operations, numbers that enter ``norms`` and bytes kept for the backward pass."""
+    kept: dict[int, torch.UntypedStorage] = {}  # holds them, so that no address comes twice
+    entered = 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal entered
+        entered += inputs[0].numel()
+
+    hooks = [norm.register_forward_pre_hook(enter) for norm in norms]
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        backbone(images_NCHW)
+    for hook in hooks:
+        hook.remove()
+    own = {x.untyped_storage()._cdata for x in itertools.chain(backbone.parameters(), backbone.buffers())}
+    return counter.get_total_flops(), entered, sum(s.nbytes() for key, s in kept.items() if key not in own)
+
+
+# --------------------------------------------------------------------------------------------------- job
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be trained, and on what. Names are those of the command line."""
+
+    classes: int
+    dim: int
+    batch: int
+    """Images of one optimizer step, over all ranks and micro-batches."""
+    nodes: int
+    gpus_per_node: int
+    gpu: str
+    backbone: BackboneCost
+    state_dtype: str = "float32"
+    """Rows and their optimizer state."""
+    optimizer: str = "sgd"
+    """Of the rows. The backbone has the same, or SGD beside row_adagrad."""
+    dtype: str = "auto"
+    """Of the backbone; ``auto`` is bfloat16 where the device has it, else float32, as in training."""
+    cache_mib: int = 64
+    accumulation_steps: int = 1
+    profile: Profile | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("classes", "dim", "batch", "nodes", "gpus_per_node", "accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')}: {getattr(self, name)} is not above 0")
+        if self.cache_mib < 0:
+            raise UserError(f"--cache-mib: {self.cache_mib} is below 0")
+        check_gpu(self.gpu)
+        if self.dtype != "auto" and self.dtype not in GPUS[self.gpu].tflops:
+            raise UserError(f"--dtype: {self.gpu} does not compute in {self.dtype}")
+        if self.classes < self.ranks:
+            raise UserError(f"--classes: {self.classes} classes cannot be cut over {self.ranks} ranks")
+        if self.batch % (self.ranks * self.accumulation_steps):
+            parts = f"{self.ranks} ranks"
+            if self.accumulation_steps > 1:
+                parts += f" x --accumulation-steps {self.accumulation_steps}"
+            raise UserError(f"--batch: {self.batch} is not divisible by {parts}")
+        if self.profile is not None:
+            self._check_profile(self.profile)
+
+    def _check_profile(self, profile: Profile) -> None:
+        if (profile.device == "cpu") != (self.gpu == "cpu"):
+            raise UserError(f"--profile {profile.path}: measured on {profile.device}, but --gpu is {self.gpu}")
+        if self.product_dtype not in profile.speeds:
+            raise UserError(f"--profile {profile.path}: has no line with dtype {self.product_dtype}")
+
+    @property
+    def ranks(self) -> int:
+        """R."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def local_batch(self) -> int:
+        """Images that a rank holds at once."""
+        return self.batch // (self.ranks * self.accumulation_steps)
+
+    @property
+    def compute_dtype(self) -> str:
+        """The backbone's type, with "auto" decided."""
+        if self.dtype != "auto":
+            return self.dtype
+        has_bfloat16 = self.gpu != "cpu" and "bfloat16" in GPUS[self.gpu].tflops
+        return "bfloat16" if has_bfloat16 else "float32"
+
+    @property
+    def product_dtype(self) -> str:
+        """What ``head.product_dtype`` should be: its "auto", but float32 where bfloat16 would be emulated."""
+        wanted = "bfloat16" in (self.state_dtype, self.compute_dtype)
+        return "bfloat16" if wanted and "bfloat16" in GPUS[self.gpu].tflops else "float32"
+
+    @property
+    def head(self) -> HeadWork:
+        """A rank's part of the head, for one micro-batch."""
+        return HeadWork(
+            classes=self.classes, dim=self.dim, batch=self.batch // self.accumulation_steps, ranks=self.ranks,
+            state_dtype=self.state_dtype, product_dtype=self.product_dtype, optimizer=self.optimizer,
+            on_cpu=self.gpu == "cpu", cache_bytes=self.cache_mib << 20,
+        )  # fmt: skip
+
+
+def check_gpu(name: str) -> None:
+    """Raise UserError, with the names there are, for a device that is not in the table."""
+    if name not in GPUS:
+        raise UserError(f"--gpu: unknown {name!r}; one of {', '.join(GPUS)}")
+
+
+# -------------------------------------------------------------------------------- memory, traffic, time
+
+
+def available_bytes(job: Job) -> int:
+    """Return what a rank has: of the GPU by its name, or this machine's memory shared by its ranks."""
+    if job.gpu == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // job.gpus_per_node
+    return int(GPUS[job.gpu].memory_gib * 2**30)
+
+
+def memory(job: Job) -> dict[str, int]:
+    """Return bytes per rank by part: the head's exact (``HeadWork.memory``), the others estimates."""
+    parts = job.head.memory()
+    parts["gathered_features"] *= job.accumulation_steps  # every micro-batch waits for the second pass
+    kind = "cpu" if job.gpu == "cpu" else "gpu"
+    parts["backbone_state"] = _backbone_state(job)
+    kept = job.backbone.kept_bytes[job.compute_dtype]
+    if job.ranks > 1:
+        kept += (4 - _BYTES[job.compute_dtype]) * job.backbone.norm_inputs
+    parts["activations"] = int(_SLACK_OF_ACTIVATIONS * kept * job.local_batch)
+    parts["reserve"] = _RESERVE_BYTES[kind] + int(_RESERVE_SHARE[kind] * available_bytes(job))
+    return parts
+
+
+def _backbone_state(job: Job) -> int:
+    """Return bytes of weights, gradients and optimizer state.
+
+    float32 and bfloat16: float32 throughout, and autocast's copy of the weights. float16 is ZeRO stage 1:
+    half weights and gradients, and a rank's share of float32 weights, gradients and moments.
+    """
+    moments = max(1, _MOMENTS[job.optimizer])
+    if job.compute_dtype == "float16":
+        return job.backbone.parameters * 4 + -(-job.backbone.parameters // job.ranks) * 4 * (2 + moments)
+    copies = 2 if job.compute_dtype == "bfloat16" else 0
+    return job.backbone.parameters * (4 * (2 + moments) + copies)
+
+
+def traffic(job: Job) -> dict[str, dict[str, int]]:
+    """Return, per collective, ``bytes`` it is about and what a rank sends ``inside`` and ``between`` nodes.
+
+    A ring of R ranks over n nodes has n links between nodes; averaged over ranks. All are per step.
+    """
+    batch, dim, ranks = job.batch, job.dim, job.ranks
+    channels = job.backbone.norm_channels * job.accumulation_steps
+    gradient = job.backbone.parameters * (2 if job.compute_dtype == "float16" else 4)
+    ring = (ranks - 1) / ranks
+    sent = {  # bytes, and what a rank sends of them
+        "all_gather_features": (4 * batch * (dim + 3), ring),
+        "all_reduce_sums": (2 * 8 * batch, 2 * ring),
+        "all_reduce_nearest": (4 * batch, 2 * ring),
+        "reduce_scatter_features": (4 * batch * (dim + 3), ring),
+        "all_gather_batch_norm": (2 * 4 * channels * ranks, ring),
+        "all_reduce_batch_norm": (2 * 4 * channels, 2 * ring),
+        "all_reduce_backbone": (gradient, 2 * ring),
+    }
+    away = job.nodes / ranks if job.nodes > 1 else 0.0
+    return {
+        name: {
+            "bytes": size,
+            "inside": round(size * part * (1 - away)),
+            "between": round(size * part * away),
+        }
+        for name, (size, part) in sent.items()
+    }
+
+
+def seconds(job: Job) -> dict[str, float]:
+    """Return seconds of a step by part, one after the other; without reading data and without clipping.
+
+    Clipping by the joint norm needs the head's norm before its update: "second pass" once more.
+    """
+    times, sheet = job.accumulation_steps, GPUS[job.gpu]
+    speeds = job.profile.speeds if job.profile else None
+    speed = speeds[job.product_dtype] if speeds else speed_of(job.gpu, job.product_dtype)
+    first, second = speed.seconds(job.head)
+    images, dtype = job.batch // job.ranks, job.compute_dtype
+    kept = memory(job)["activations"] / _SLACK_OF_ACTIVATIONS / job.local_batch
+    # float32 weights, gradients and moments are read and written once more by the optimizer
+    backbone = images * (
+        3 * job.backbone.forward_flop / (sheet.tflops[dtype] * 1e12 * _SHARE_OF_TFLOPS[dtype])
+        + _PASSES_OVER_ACTIVATIONS * kept / (sheet.memory_gb_s * 1e9 * _SHARE_OF_MEMORY)
+    )
+    backbone += 2 * _backbone_state(job) / (sheet.memory_gb_s * 1e9 * _SHARE_OF_MEMORY)
+    sent = traffic(job)
+    of_backbone = {name for name in sent if name.endswith(("batch_norm", "backbone"))}
+    return {
+        "head_first_pass": times * first,
+        "head_second_pass": times * second,
+        "head_collectives": sum(_link_seconds(job, sent[n], times) for n in sent.keys() - of_backbone),
+        "backbone": backbone,
+        "backbone_collectives": sum(
+            _link_seconds(job, sent[n], times * job.backbone.norm_layers if n.endswith("norm") else 1)
+            for n in of_backbone
+        ),
+    }
+
+
+def _link_seconds(job: Job, sent: dict[str, int], calls: int) -> float:
+    """Return seconds of a ring, as slow as its slowest link, and the latency of its calls."""
+    if job.ranks == 1:
+        return 0.0
+    sheet = GPUS[job.gpu]
+    slowest = max(sent["inside"] / sheet.inside_gb_s, sent["between"] / sheet.between_gb_s)
+    return slowest / (1e9 * _SHARE_OF_LINK) + calls * sheet.latency_us * 1e-6
+
+
+# ---------------------------------------------------------------------------------- what fits, and what not
+
+
+def fits(job: Job) -> bool:
+    """Return whether the sum of all parts is within the memory of a rank."""
+    return sum(memory(job).values()) <= available_bytes(job)
+
+
+def largest_classes(job: Job) -> int:
+    """Return the largest K that fits with everything else as it is, by bisection; 0 if none does."""
+    low, high = 0, job.ranks
+    while fits(replace(job, classes=high)):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if middle < job.ranks or fits(replace(job, classes=middle)):
+            low = middle
+        else:
+            high = middle
+    return low if low >= job.ranks else 0
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change, and what comes of it alone (or with those before it where it says so)."""
+
+    change: str
+    total_bytes: int
+    largest_classes: int
+    fits: bool
+
+
+def advice(job: Job) -> list[Advice]:
+    """Return changes in the order to try them, down to the first that makes the job fit; none if it does.
+
+    1. bfloat16 state  2. one number of state per class  3. both  4. more GPUs for the same batch
+    5. half the images at a time. An activation that is kept is not what more classes cost: if backbone and
+    reserve alone are too large, 5 comes first.
+    """
+    if fits(job):
+        return []
+    changes: list[tuple[str, Job]] = []
+    both: dict[str, Any] = {}
+    if job.state_dtype == "float32":
+        both["state_dtype"] = "bfloat16"
+        changes.append(("--state-dtype bfloat16", _changed(job, state_dtype="bfloat16")))
+    if job.optimizer != "row_adagrad":
+        both["optimizer"] = "row_adagrad"
+        changes.append(("--optimizer row_adagrad", _changed(job, optimizer="row_adagrad")))
+    if len(both) == 2:
+        changes.append(("--state-dtype bfloat16 --optimizer row_adagrad", _changed(job, **both)))
+    if nodes := _enough_nodes(job):
+        larger = replace(job, nodes=nodes)
+        changes.append((f"--nodes {nodes} ({larger.ranks} GPUs)", larger))
+    if job.local_batch % 2 == 0:
+        halved = replace(job, accumulation_steps=2 * job.accumulation_steps)
+        smaller = (f"--accumulation-steps {halved.accumulation_steps} (or gradient checkpointing)", halved)
+        changes.insert(len(changes) if largest_classes(job) else 0, smaller)
+    tried = [_advice(change, changed) for change, changed in changes]
+    first = next((i for i, a in enumerate(tried) if a.fits), len(tried))
+    return tried[: first + 1]
+
+
+def _changed(job: Job, **changes: Any) -> Job:
+    """Return the job with other rows, whose speed may not have been measured: advice is about memory."""
+    return replace(job, profile=None, **changes)
+
+
+def _advice(change: str, job: Job) -> Advice:
+    return Advice(change, sum(memory(job).values()), largest_classes(job), fits(job))
+
+
+def _enough_nodes(job: Job) -> int | None:
+    """Return the smallest number of nodes that divides the batch and makes the job fit; None if none does."""
+    share = job.gpus_per_node * job.accumulation_steps
+    for nodes in range(job.nodes + 1, job.batch // share + 1):
+        if job.batch % (nodes * share) == 0 and nodes * job.gpus_per_node <= job.classes:
+            if fits(replace(job, nodes=nodes)):
+                return nodes
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+def plan(job: Job) -> dict[str, Any]:
+    """Return everything above as one tree of plain values, for JSON."""
+    parts, times = memory(job), seconds(job)
+    step = sum(times.values())
+    asked = asdict(replace(job, profile=None)) | {"dtype": job.compute_dtype}
+    del asked["profile"]
+    return {
+        **asked,
+        "ranks": job.ranks,
+        "classes_per_rank": job.head.rows,
+        "images_per_rank": job.local_batch,
+        "product_dtype": job.product_dtype,
+        "tile_rows": job.head.tile_rows,
+        "kept_tiles": job.head.kept_tiles,
+        "memory_bytes_per_rank": {**parts, "total": sum(parts.values()), "available": available_bytes(job)},
+        "fits": fits(job),
+        "largest_classes": largest_classes(job),
+        "traffic_bytes_per_rank": traffic(job),
+        "seconds_per_step": {**times, "total": step},
+        "clipping_adds_seconds": times["head_second_pass"],
+        "images_per_second": job.batch / step,
+        "advice": [asdict(a) for a in advice(job)],
+        "measured": asdict(job.profile) if job.profile else None,
+    }
+
+
+def table(job: Job) -> str:
+    """Return the same for people: aligned, with units, and beside every number what it rests on."""
+    tree = plan(job)
+    head = "measured" if job.profile else "data sheet"
+    lines = [
+        f"{job.classes:,} classes x {job.dim}, batch {job.batch:,}, {job.backbone.name} ({tree['dtype']}), "
+        f"rows {job.state_dtype}, {job.optimizer}",
+        f"{job.nodes} nodes x {job.gpus_per_node} {job.gpu}: per rank {tree['classes_per_rank']:,} classes, "
+        f"{tree['images_per_rank']:,} images, tiles of {tree['tile_rows']:,} classes, "
+        f"{tree['kept_tiles']} kept; products in {job.product_dtype}",
+        "",
+        f"{'memory per rank':<26}{'GiB':>12}",
+    ]
+    basis = {"gathered_features": "estimate", "backbone_state": "counted", "activations": "estimate"}
+    basis |= {"reserve": "assumed", "total": "", "available": "assumed"}
+    for name, size in tree["memory_bytes_per_rank"].items():
+        lines.append(f"  {_words(name):<24}{size / 2**30:>12.3f}  {basis.get(name, 'exact')}".rstrip())
+    lines += ["", f"{'sent per rank and step':<26}{'inside MB':>12}{'between MB':>12}"]
+    for name, sent in tree["traffic_bytes_per_rank"].items():
+        lines.append(f"  {_words(name):<24}{sent['inside'] / 1e6:>12.3f}{sent['between'] / 1e6:>12.3f}  ring")
+    lines += ["", f"{'seconds per step':<26}{'ms':>12}"]
+    for name, value in tree["seconds_per_step"].items():
+        source = "" if name == "total" else head if name.endswith("pass") else "data sheet"
+        lines.append(f"  {_words(name):<24}{value * 1e3:>12.2f}  {source}".rstrip())
+    lines.append(f"  {'clipping would add':<24}{tree['clipping_adds_seconds'] * 1e3:>12.2f}  second pass again")
+    lines += [f"{'images per second':<26}{tree['images_per_second']:>12,.0f}", "", *_verdict(tree)]
+    return "\n".join(lines)
+
+
+def _verdict(tree: dict[str, Any]) -> list[str]:
+    """Return whether it fits, what to change first, and how far the numbers can be trusted."""
+    word = "fits" if tree["fits"] else "does not fit"
+    lines = [f"{word}; the largest number of classes that fits is {tree['largest_classes']:,}"]
+    if not tree["fits"] and not tree["advice"]:
+        lines.append("nothing to change was found: take a smaller batch or backbone")
+    for entry in tree["advice"]:
+        mark = "fits" if entry["fits"] else "not yet"
+        size, largest = entry["total_bytes"] / 2**30, entry["largest_classes"]
+        lines.append(f"  {entry['change']}: {size:.2f} GiB, up to {largest:,} classes: {mark}")
+    if profile := tree["measured"]:
+        lines.append(
+            f"measured: the passes of the head, by {profile['lines']} lines of {profile['path']}; these are "
+            f"met within {profile['worst_time_error']:.0%} (time), {profile['worst_memory_error']:.0%} (memory)"
+        )
+    rest = "the rest" if tree["measured"] else "nothing is measured: it"
+    lines.append(f"{rest} is arithmetic on data sheets; expect seconds within a factor of two at best")
+    return lines
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
