@@ -40,7 +40,7 @@ test: setup ## the whole test suite, on CPU
 demo: setup ## real data, training on 2 ranks, evaluation, pictures
 	$(BIN)/python launch/pack.py mnist5k data/mnist --if-missing
 	$(DEMO) --config configs/demo.yaml
-	$(DEMO) --config configs/demo.yaml loss.name=softmax run.name=demo-softmax
+	$(DEMO) --config configs/demo.yaml loss.name=softmax head.lr_multiplier=1 run.name=demo-softmax
 	$(BIN)/python launch/evaluate.py runs/demo runs/demo-softmax
 	@echo "pictures: runs/demo/figures; everything else of a run: runs/demo, runs/demo-softmax"
 

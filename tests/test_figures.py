@@ -41,7 +41,10 @@ def test_scatter_shows_every_point_and_one_ray_per_class_in_two_dimensions() -> 
     axes = figure.axes[0]
     np.testing.assert_allclose(axes.collections[0].get_offsets(), embeddings_ND.numpy(), rtol=1e-6)
     assert len({tuple(colour) for colour in axes.collections[0].get_facecolors()}) == 4
-    assert axes.get_title() == "Faces"
+    means_KD = torch.stack([embeddings_ND[labels_N == label].mean(0) for label in range(4)])
+    cosines_N = torch.nn.functional.cosine_similarity(embeddings_ND, means_KD[labels_N])
+    degrees = float(torch.rad2deg(cosines_N.clamp(-1, 1).acos()).mean())
+    assert axes.get_title() == f"Faces\n{degrees:.1f} degrees from the ray on average"
     assert texts(figure) == ["a", "b", "c", "d"]
     assert axes.get_aspect() == 1
     assert max(axes.get_xlim()) == max(axes.get_ylim()) > embeddings_ND.abs().max()
@@ -79,7 +82,7 @@ def test_panels_share_colours_and_legend_even_if_one_lacks_a_class() -> None:
     figure = figures.feature_scatter_pair(
         {"COCO": (embeddings_ND, labels_N), "softmax": (embeddings_ND[some_N], labels_N[some_N])}
     )
-    assert [axes.get_title() for axes in figure.axes] == ["COCO", "softmax"]
+    assert [axes.get_title().split("\n")[0] for axes in figure.axes] == ["COCO", "softmax"]
     assert texts(figure) == ["0", "1", "2"]
     first, second = (axes.lines[4:] for axes in figure.axes)
     assert [line.get_color() for line in first[1:]] == [line.get_color() for line in second]

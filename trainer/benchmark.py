@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer.collectives import max_over, wait_for_all
-from trainer.distributed import World
+from trainer.distributed import World, require_memory
 from trainer.fused import FusedCocoHead
 from trainer.head import ClassShard, CocoHead
 from trainer.margins import CosineSoftmax
@@ -48,6 +48,10 @@ def measure_head(case: HeadCase, world: World) -> dict[str, Any]:
     Times are those of the slowest rank, bytes those of the rank with most.
     """
     shard = ClassShard.of_rank(case.classes, world.rank, world.size)
+    matrices = 2 if case.update == "fused" else 3
+    require_memory(
+        len(shard) * case.dim * matrices * TYPES[case.dtype].itemsize, world, f"--classes {case.classes}"
+    )
     head, step, state_bytes = _build(case, shard, world)
     embeddings_ND, labels_N = _batch(case, world)
     resident = _reset_peak(world)

@@ -1,0 +1,69 @@
+"""The benchmark as a user runs it: its own ranks, JSON on stdout, figures that hang together."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ("--classes", "3001", "--dim", "64", "--batch", "24", "--steps", "3")
+
+
+def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "launch/benchmark.py", "head", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def result_of(*arguments: str) -> dict[str, Any]:
+    done = benchmark(*arguments)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()  # one JSON object and nothing else
+    return dict(json.loads(line))
+
+
+def test_a_line_holds_what_was_asked_and_figures_that_hang_together() -> None:
+    found = result_of(*SMALL, "--ranks", "2", "--against", "textbook")
+    asked = {"classes": 3001, "dim": 64, "global_batch": 24, "ranks": 2, "dtype": "float32", "threads": 1}
+    assert {key: found[key] for key in asked} == asked
+    assert found["name"] == "head-fused"
+    assert found["state_bytes_per_rank"] == 1501 * 64 * 4 * 2  # rows and momentum of the larger shard
+    assert 0 < found["gemm_seconds"] < found["step_seconds"]
+    assert found["speedup"] == pytest.approx(found["textbook_seconds"] / found["step_seconds"])
+    assert 0 <= found["peak_extra_bytes_per_rank"] < 128 << 20
+
+
+def test_the_loss_depends_neither_on_ranks_nor_on_the_way_of_updating() -> None:
+    one, two = result_of(*SMALL), result_of(*SMALL, "--ranks", "3", "--update", "autograd")
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+    assert "gemm_seconds" not in two
+    half = result_of(*SMALL, "--dtype", "bfloat16")
+    assert half["loss"] == pytest.approx(one["loss"], rel=1e-2)
+    assert half["state_bytes_per_rank"] == 3001 * 64 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--classes", "10", "--batch", "25", "--ranks", "2"), "--batch: 25 is not divisible by 2 ranks"),
+        (("--classes", "1", "--batch", "2", "--ranks", "2"), "--classes: 1 classes cannot be cut over 2"),
+        (("--classes", "100000000000", "--batch", "2"), "needs 409600000000000 bytes on this host"),
+        (("--classes", "0"), "0 is not positive"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(arguments: tuple[str, ...], message: str) -> None:
+    done = benchmark(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
