@@ -1,6 +1,7 @@
 """Tell memory, traffic and time of a step for K classes on N GPUs, before renting them.
 
-python launch/plan.py --classes 100000000 --backbone resnet50 --batch 8192 --nodes 8 --gpus-per-node 8 --gpu h100
+python launch/plan.py --classes 100000000 --batch 8192 --backbone resnet50 --nodes 8 --gpus-per-node 8 \\
+    --gpu h100
 """
 
 import argparse
@@ -11,15 +12,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch._main import run
-from trainer.errors import UserError
 
 
 def main() -> None:
     """Read the command line, print the plan."""
     options = build_parser().parse_args()
-    if options.image_size is not None and options.image_size < 1:
-        raise UserError(f"--image-size: {options.image_size} is not above 0")
-
     from trainer.plan import Job, check_gpu, count_backbone, plan, read_profile, table  # torch: 5 s
 
     check_gpu(options.gpu)

@@ -13,6 +13,7 @@ level 4
     benchmark      what the head costs on this machine, in time and memory
 level 3
     fused          the head at its limit: no logits, no normalised copy, no dense gradient
+    plan           memory, traffic and time for K classes on N GPUs, before renting them
     textbook       the class-parallel head as usually written: what the benchmark compares with
     engine         the backbone's engine, its configuration and its state [deepspeed]
     joint          one optimizer step of two parts: backbone inside the engine, head outside

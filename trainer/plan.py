@@ -6,7 +6,8 @@ the speeds of ``GPUS``, which are data sheets times a share that is usually reac
 and are within a factor of two at best. With a profile the head's seconds come from least squares over
 measurements of the user's own machine; nothing else does. No second is hidden behind another.
 
-Legend: B images of all ranks, C classes of the rank with most, K of all, D width, R ranks, T classes of a tile.
+Legend: B images of all ranks, C classes of the rank with most, K of all, D width, R ranks, T classes of a
+tile.
 """
 
 import itertools
@@ -132,6 +133,11 @@ class HeadWork:
             "gathered_features": self.batch * (4 * (self.dim + 3) + (4 + 2 * product + 16) * self.dim),
         }
 
+    @property
+    def total_bytes(self) -> int:
+        """Sum of ``memory``."""
+        return sum(self.memory().values())
+
     def flop(self) -> tuple[float, float]:
         """Return operations of pass 1 and 2: four products of 2 B D C, less what was kept."""
         product = 2.0 * self.batch * self.dim * self.rows
@@ -168,16 +174,18 @@ class HeadWork:
 
 @dataclass(frozen=True)
 class HeadSpeed:
-    """What turns ``HeadWork`` into seconds, for one type of products."""
+    """What turns ``HeadWork`` into seconds, for one type of products; and what it does not explain."""
 
-    flop_per_second: float
-    bytes_per_second: float
+    seconds_per_flop: float
+    seconds_per_byte: float
     constant_seconds: float
+    fixed_bytes: int = 0
+    """What libraries hold beside the parts of ``HeadWork.memory``."""
 
     def seconds(self, work: HeadWork) -> tuple[float, float]:
         """Return seconds of pass 1 (with the constant) and pass 2."""
         first, second = (
-            flop / self.flop_per_second + moved / self.bytes_per_second
+            flop * self.seconds_per_flop + moved * self.seconds_per_byte
             for flop, moved in zip(work.flop(), work.traffic(), strict=True)
         )
         return first + self.constant_seconds, second
@@ -186,8 +194,8 @@ class HeadSpeed:
 def speed_of(gpu: str, dtype: str) -> HeadSpeed:
     """Return the speed by the data sheet, which measured nothing; 2 ms go for starting kernels."""
     sheet = GPUS[gpu]
-    flop = sheet.tflops[dtype] * 1e12 * _SHARE_OF_TFLOPS[dtype]
-    return HeadSpeed(flop, sheet.memory_gb_s * 1e9 * _SHARE_OF_MEMORY, 2e-3)
+    flop_per_second = sheet.tflops[dtype] * 1e12 * _SHARE_OF_TFLOPS[dtype]
+    return HeadSpeed(1 / flop_per_second, 1 / (sheet.memory_gb_s * 1e9 * _SHARE_OF_MEMORY), 2e-3)
 
 
 # ----------------------------------------------------------------------------------------------- profile
@@ -205,7 +213,7 @@ class Profile:
     worst_time_error: float
     """Largest |fitted / measured - 1| of the step times."""
     worst_memory_error: float
-    """The same of state + extra bytes, which are not fitted."""
+    """The same of state + extra bytes, of which one constant per type is fitted."""
 
 
 _FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -229,14 +237,15 @@ def read_profile(path: Path) -> Profile:
             speeds[dtype] = fit_speed([works[i] for i in chosen], [lines[i] for i in chosen])
         except ValueError as error:
             raise UserError(f"--profile {path}: {dtype}: {error}") from error
-    time_errors, memory_errors = [0.0], [0.0]
-    for work, line in zip(works, lines, strict=True):
-        time_errors.append(sum(speeds[line["dtype"]].seconds(work)) / line["step_seconds"] - 1)
-        measured = line["state_bytes_per_rank"] + line["peak_extra_bytes_per_rank"]
-        memory_errors.append(sum(work.memory().values()) / measured - 1)
-    return Profile(
-        str(path), len(lines), devices[0], speeds, max(map(abs, time_errors)), max(map(abs, memory_errors))
-    )
+    errors = [
+        (
+            abs(sum(speeds[work.product_dtype].seconds(work)) / line["step_seconds"] - 1),
+            abs((work.total_bytes + speeds[work.product_dtype].fixed_bytes) / _measured_bytes(line) - 1),
+        )
+        for work, line in zip(works, lines, strict=True)
+    ]
+    worst_time_error, worst_memory_error = map(max, zip(*errors, strict=True))
+    return Profile(str(path), len(lines), devices[0], speeds, worst_time_error, worst_memory_error)
 
 
 def fit_speed(works: Sequence[HeadWork], lines: Sequence[dict[str, Any]]) -> HeadSpeed:
@@ -252,7 +261,12 @@ def fit_speed(works: Sequence[HeadWork], lines: Sequence[dict[str, Any]]) -> Hea
     a, b, c = _non_negative_least_squares(np.array(equations) / np.array(seconds)[:, None])
     if not a:
         raise ValueError("no time of the matrix products can be made out")
-    return HeadSpeed(1 / a, 1 / b if b else math.inf, c)
+    beyond = [_measured_bytes(line) - work.total_bytes for work, line in zip(works, lines, strict=True)]
+    return HeadSpeed(a, b, c, max(0, int(np.median(beyond))))
+
+
+def _measured_bytes(line: dict[str, Any]) -> int:
+    return line["state_bytes_per_rank"] + line["peak_extra_bytes_per_rank"]
 
 
 def _non_negative_least_squares(rows_NX: np.ndarray) -> list[float]:
@@ -295,7 +309,7 @@ def _checked_line(where: str, row: str) -> dict[str, Any]:
         value = line.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise UserError(f'{where}: "{name}" is {value!r}')
-        if not isinstance(value, str) and not 0 < value < math.inf:
+        if isinstance(value, int | float) and not 0 < value < math.inf:
             raise UserError(f'{where}: "{name}" is {value}, not above 0')
     if line["dtype"] not in ("float32", "bfloat16"):
         raise UserError(f'{where}: "dtype" is {line["dtype"]!r}')
@@ -331,6 +345,9 @@ class BackboneCost:
 
 def count_backbone(name: str, image_size: int | None, dim: int) -> BackboneCost:
     """Count a network by its forward pass on shapes alone. Raises UserError for what timm does not know."""
+    for option, value in (("--dim", dim), ("--image-size", image_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{option}: {value} is not above 0")
     config = BackboneConfig(name=name, image_size=image_size, embedding_dim=dim, batch_norm="local")
     with torch.device("meta"):
         backbone = build_backbone(config, None)  # type: ignore[arg-type]  # only global batch norms need one
@@ -350,9 +367,7 @@ def count_backbone(name: str, image_size: int | None, dim: int) -> BackboneCost:
     return BackboneCost(name, parameters, flop / 2, kept, entered // 2, channels, len(norms))
 
 
-def _forward(
-    backbone: nn.Module, norms: Sequence[nn.Module], images_NCHW: Tensor
-) -> tuple[float, int, int]:
+def _forward(backbone: nn.Module, norms: Sequence[nn.Module], images_NCHW: Tensor) -> tuple[float, int, int]:
     """Return operations, numbers that enter ``norms`` and bytes kept for the backward pass."""
     kept: dict[int, torch.UntypedStorage] = {}  # holds them, so that no address comes twice
     entered = 0
@@ -366,7 +381,8 @@ def _forward(
         entered += inputs[0].numel()
 
     hooks = [norm.register_forward_pre_hook(enter) for norm in norms]
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    keeping = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+    with FlopCounterMode(display=False) as counter, keeping:
         backbone(images_NCHW)
     for hook in hooks:
         hook.remove()
@@ -415,14 +431,9 @@ class Job:
             if self.accumulation_steps > 1:
                 parts += f" x --accumulation-steps {self.accumulation_steps}"
             raise UserError(f"--batch: {self.batch} is not divisible by {parts}")
-        if self.profile is not None:
-            self._check_profile(self.profile)
-
-    def _check_profile(self, profile: Profile) -> None:
-        if (profile.device == "cpu") != (self.gpu == "cpu"):
-            raise UserError(f"--profile {profile.path}: measured on {profile.device}, but --gpu is {self.gpu}")
-        if self.product_dtype not in profile.speeds:
-            raise UserError(f"--profile {profile.path}: has no line with dtype {self.product_dtype}")
+        if self.profile is not None and (self.profile.device == "cpu") != (self.gpu == "cpu"):
+            where = f"--profile {self.profile.path}"
+            raise UserError(f"{where}: measured on {self.profile.device}, but --gpu is {self.gpu}")
 
     @property
     def ranks(self) -> int:
@@ -447,6 +458,15 @@ class Job:
         """What ``head.product_dtype`` should be: its "auto", but float32 where bfloat16 would be emulated."""
         wanted = "bfloat16" in (self.state_dtype, self.compute_dtype)
         return "bfloat16" if wanted and "bfloat16" in GPUS[self.gpu].tflops else "float32"
+
+    @property
+    def speed(self) -> HeadSpeed:
+        """Of the head: measured, or by the data sheet. Raises UserError for a type that was not measured."""
+        if self.profile is None:
+            return speed_of(self.gpu, self.product_dtype)
+        if self.product_dtype not in self.profile.speeds:
+            raise UserError(f"--profile {self.profile.path}: no line has dtype {self.product_dtype}")
+        return self.profile.speeds[self.product_dtype]
 
     @property
     def head(self) -> HeadWork:
@@ -484,6 +504,8 @@ def memory(job: Job) -> dict[str, int]:
     if job.ranks > 1:
         kept += (4 - _BYTES[job.compute_dtype]) * job.backbone.norm_inputs
     parts["activations"] = int(_SLACK_OF_ACTIVATIONS * kept * job.local_batch)
+    if job.profile and job.product_dtype in job.profile.speeds:
+        parts["head_libraries"] = job.profile.speeds[job.product_dtype].fixed_bytes
     parts["reserve"] = _RESERVE_BYTES[kind] + int(_RESERVE_SHARE[kind] * available_bytes(job))
     return parts
 
@@ -533,12 +555,11 @@ def traffic(job: Job) -> dict[str, dict[str, int]]:
 def seconds(job: Job) -> dict[str, float]:
     """Return seconds of a step by part, one after the other; without reading data and without clipping.
 
-    Clipping by the joint norm needs the head's norm before its update: "second pass" once more.
+    Clipping (``optim.clip_norm``, on by default) needs the head's norm before its update, and goes through
+    the second pass once more.
     """
     times, sheet = job.accumulation_steps, GPUS[job.gpu]
-    speeds = job.profile.speeds if job.profile else None
-    speed = speeds[job.product_dtype] if speeds else speed_of(job.gpu, job.product_dtype)
-    first, second = speed.seconds(job.head)
+    first, second = job.speed.seconds(job.head)
     images, dtype = job.batch // job.ranks, job.compute_dtype
     kept = memory(job)["activations"] / _SLACK_OF_ACTIVATIONS / job.local_batch
     # float32 weights, gradients and moments are read and written once more by the optimizer
@@ -594,7 +615,7 @@ def largest_classes(job: Job) -> int:
 
 @dataclass(frozen=True)
 class Advice:
-    """A change, and what comes of it alone (or with those before it where it says so)."""
+    """A change of the command line, and what comes of it alone."""
 
     change: str
     total_bytes: int
@@ -606,8 +627,8 @@ def advice(job: Job) -> list[Advice]:
     """Return changes in the order to try them, down to the first that makes the job fit; none if it does.
 
     1. bfloat16 state  2. one number of state per class  3. both  4. more GPUs for the same batch
-    5. half the images at a time. An activation that is kept is not what more classes cost: if backbone and
-    reserve alone are too large, 5 comes first.
+    5. half the images at a time, which comes first if not even the fewest classes fit: then the backbone,
+    not the head, is too large.
     """
     if fits(job):
         return []
@@ -615,12 +636,12 @@ def advice(job: Job) -> list[Advice]:
     both: dict[str, Any] = {}
     if job.state_dtype == "float32":
         both["state_dtype"] = "bfloat16"
-        changes.append(("--state-dtype bfloat16", _changed(job, state_dtype="bfloat16")))
+        changes.append(("--state-dtype bfloat16", replace(job, state_dtype="bfloat16")))
     if job.optimizer != "row_adagrad":
         both["optimizer"] = "row_adagrad"
-        changes.append(("--optimizer row_adagrad", _changed(job, optimizer="row_adagrad")))
+        changes.append(("--optimizer row_adagrad", replace(job, optimizer="row_adagrad")))
     if len(both) == 2:
-        changes.append(("--state-dtype bfloat16 --optimizer row_adagrad", _changed(job, **both)))
+        changes.append(("--state-dtype bfloat16 --optimizer row_adagrad", replace(job, **both)))
     if nodes := _enough_nodes(job):
         larger = replace(job, nodes=nodes)
         changes.append((f"--nodes {nodes} ({larger.ranks} GPUs)", larger))
@@ -633,11 +654,6 @@ def advice(job: Job) -> list[Advice]:
     return tried[: first + 1]
 
 
-def _changed(job: Job, **changes: Any) -> Job:
-    """Return the job with other rows, whose speed may not have been measured: advice is about memory."""
-    return replace(job, profile=None, **changes)
-
-
 def _advice(change: str, job: Job) -> Advice:
     return Advice(change, sum(memory(job).values()), largest_classes(job), fits(job))
 
@@ -646,9 +662,9 @@ def _enough_nodes(job: Job) -> int | None:
     """Return the smallest number of nodes that divides the batch and makes the job fit; None if none does."""
     share = job.gpus_per_node * job.accumulation_steps
     for nodes in range(job.nodes + 1, job.batch // share + 1):
-        if job.batch % (nodes * share) == 0 and nodes * job.gpus_per_node <= job.classes:
-            if fits(replace(job, nodes=nodes)):
-                return nodes
+        possible = job.batch % (nodes * share) == 0 and nodes * job.gpus_per_node <= job.classes
+        if possible and fits(replace(job, nodes=nodes)):
+            return nodes
     return None
 
 
@@ -688,14 +704,14 @@ def table(job: Job) -> str:
     lines = [
         f"{job.classes:,} classes x {job.dim}, batch {job.batch:,}, {job.backbone.name} ({tree['dtype']}), "
         f"rows {job.state_dtype}, {job.optimizer}",
-        f"{job.nodes} nodes x {job.gpus_per_node} {job.gpu}: per rank {tree['classes_per_rank']:,} classes, "
-        f"{tree['images_per_rank']:,} images, tiles of {tree['tile_rows']:,} classes, "
-        f"{tree['kept_tiles']} kept; products in {job.product_dtype}",
+        f"{job.ranks} ranks ({job.nodes} x {job.gpus_per_node} {job.gpu}), each "
+        f"{tree['classes_per_rank']:,} classes, {tree['images_per_rank']:,} images, "
+        f"tiles of {tree['tile_rows']:,} classes, {tree['kept_tiles']} kept; products in {job.product_dtype}",
         "",
         f"{'memory per rank':<26}{'GiB':>12}",
     ]
     basis = {"gathered_features": "estimate", "backbone_state": "counted", "activations": "estimate"}
-    basis |= {"reserve": "assumed", "total": "", "available": "assumed"}
+    basis |= {"head_libraries": "measured", "reserve": "assumed", "total": "", "available": "assumed"}
     for name, size in tree["memory_bytes_per_rank"].items():
         lines.append(f"  {_words(name):<24}{size / 2**30:>12.3f}  {basis.get(name, 'exact')}".rstrip())
     lines += ["", f"{'sent per rank and step':<26}{'inside MB':>12}{'between MB':>12}"]
@@ -705,7 +721,8 @@ def table(job: Job) -> str:
     for name, value in tree["seconds_per_step"].items():
         source = "" if name == "total" else head if name.endswith("pass") else "data sheet"
         lines.append(f"  {_words(name):<24}{value * 1e3:>12.2f}  {source}".rstrip())
-    lines.append(f"  {'clipping would add':<24}{tree['clipping_adds_seconds'] * 1e3:>12.2f}  second pass again")
+    clipping = tree["clipping_adds_seconds"] * 1e3
+    lines.append(f"  {'optim.clip_norm adds':<24}{clipping:>12.2f}  second pass again")
     lines += [f"{'images per second':<26}{tree['images_per_second']:>12,.0f}", "", *_verdict(tree)]
     return "\n".join(lines)
 
@@ -721,10 +738,11 @@ def _verdict(tree: dict[str, Any]) -> list[str]:
         size, largest = entry["total_bytes"] / 2**30, entry["largest_classes"]
         lines.append(f"  {entry['change']}: {size:.2f} GiB, up to {largest:,} classes: {mark}")
     if profile := tree["measured"]:
-        lines.append(
-            f"measured: the passes of the head, by {profile['lines']} lines of {profile['path']}; these are "
-            f"met within {profile['worst_time_error']:.0%} (time), {profile['worst_memory_error']:.0%} (memory)"
-        )
+        lines += [
+            f"measured: passes and libraries of the head, by {profile['lines']} lines of {profile['path']}",
+            f"  which the fit meets within {profile['worst_time_error']:.0%} (time) and "
+            f"{profile['worst_memory_error']:.0%} (memory)",
+        ]
     rest = "the rest" if tree["measured"] else "nothing is measured: it"
     lines.append(f"{rest} is arithmetic on data sheets; expect seconds within a factor of two at best")
     return lines
