@@ -52,6 +52,11 @@ def test_command_exists_with_its_options(command: str, tmp_path: Path) -> None:
         assert finished.code == 0, finished.stderr
         return
     script, *rest = arguments
+    if script in ("launch/benchmark.py", "launch/plan.py"):  # they need no data: they run as they stand
+        finished = Started(sys.executable, *arguments).wait()
+        assert finished.code == 0, finished.stderr
+        assert finished.stdout
+        return
     empty = str(tmp_path / "nothing")
     rest = [empty if part.isupper() or part.startswith("runs/") or "PATH" in part else part for part in rest]
     rest = [f"data.train={empty}" if part.startswith("data.train=") else part for part in rest]

@@ -169,7 +169,7 @@ class HeadConfig:
     """Matrix products of the fused head. `auto`: bfloat16 with `state_dtype: bfloat16` or a backbone that
     computes in it, else float32. Sums and the loss are float32 and float64 always."""
 
-    cache_mib: Annotated[int, Field(ge=0, strict=True)] = 64
+    cache_mib: Annotated[int, Field(ge=0, strict=True)] = 52
     """Memory per rank in which the fused head keeps exponentials, to save computing them again."""
 
     lr_multiplier: Positive = 1.0

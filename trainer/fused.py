@@ -36,6 +36,7 @@ from trainer.rows import RowUpdate
 
 _LOG2_E = math.log2(math.e)  # exp2 is 2.5 times as fast as exp on a CPU, and as exact
 _ROOM = 86.0  # exp of +- this is an ordinary float32
+HIGHEST_LOGIT = 128.0  # above about 160 the sums of ordinary features could underflow, which gives NaN
 _SHORTEST = 1e-12  # as in torch's normalize
 
 
@@ -114,12 +115,13 @@ class FusedCocoHead(CocoHead):
         row_type: torch.dtype = torch.float32,
         product_type: torch.dtype = torch.float32,
         tile_rows: int | None = None,
-        cache_bytes: int = 64 << 20,
+        cache_bytes: int = 52 << 20,
     ) -> None:
         super().__init__(shard, dim, loss=loss, seed=seed, group=group, row_type=row_type)
         self.product_type, self.tile_rows, self.cache_bytes = product_type, tile_rows, cache_bytes
         self.seed = seed
         self._row_update: RowUpdate | None = None
+        self._is_kept = False  # whether a batch of this step has its exponentials in the buffers
         self._waiting: list[tuple[_Batch, _Slopes]] = []
         self._workspaces: dict[int, _Workspace] = {}
         self.register_buffer("_inverse_C1", torch.empty(len(shard), 1), persistent=False)
@@ -191,6 +193,7 @@ class FusedCocoHead(CocoHead):
         highest_B = features_BD.new_full((len(features_BD),), -torch.inf)
         gradient_BD = torch.zeros_like(features_BD)
         num_kept = self._num_kept(len(features_BD)) if with_gradient else 0
+        self._is_kept |= with_gradient
         for number, (low, high) in enumerate(self.tiles(len(features_BD))):
             rows_TD = self._rows(low, high, work)
             inverse_T1 = torch.linalg.vector_norm(rows_TD, dim=1).clamp_min_(_SHORTEST).reciprocal_()[:, None]
@@ -244,6 +247,8 @@ class FusedCocoHead(CocoHead):
 
         Both are float32 and only good until the next tile; ``rows_TD`` may be the rows themselves.
         """
+        if not self._waiting:
+            raise RuntimeError("no batch has gone forward and backward since the last step")
         prepared = [(batch, *self._factors(batch, slopes)) for batch, slopes in self._waiting]
         batch_size = len(self._waiting[0][0].features_BD)  # equal for all micro-batches
         work = self._workspace(batch_size)
@@ -310,6 +315,7 @@ class FusedCocoHead(CocoHead):
         """Drop the batches that wait: they were used, or the step was skipped."""
         super().end_step()
         self._waiting.clear()
+        self._is_kept = False
 
     # ------------------------------------------------------------------------------------------ tiles
 
@@ -355,7 +361,7 @@ class FusedCocoHead(CocoHead):
     def _num_kept(self, batch: int) -> int:
         """Return how many tiles' exponentials are kept for the second pass: none but of the first batch."""
         tile_bytes = (self.rows_of_tile(batch) + 1) * batch * self.product_type.itemsize
-        return 0 if self._waiting else self.cache_bytes // tile_bytes
+        return 0 if self._is_kept else self.cache_bytes // tile_bytes
 
     def _add_product(self, sum_: Tensor, left: Tensor, right: Tensor, buffer: Tensor) -> None:
         """Add a product to a float32 sum; ``buffer`` has its size and the type of the products."""

@@ -137,16 +137,24 @@ class CocoHead(DenseHead):
         own_cosines_B = targets_B.index_put((rows,), cosine_BC[rows, columns])
         z_target_B = self.loss.target(own_cosines_B, lengths_B)
         z_BC = z_CB.T.index_put((rows, columns), z_target_B[rows])
-        loss_B, z_reduced_B, _ = _ShardedCrossEntropy.apply(z_BC, labels_B, self.shard, self.group)
+        loss_B, *_ = _ShardedCrossEntropy.apply(z_BC, labels_B, self.shard, self.group)
         if torch.is_grad_enabled():
-            # Of exp(z) without the target; below 1e-7 the loss has no digits left.
-            log_sum_B = z_reduced_B + loss_B.detach().double().clamp_min(1e-7).expm1().log()
+            log_sum_B = self._log_sum_of_others(z_BC.detach(), rows, columns)
             self.observe_later(targets_B, lengths_B.detach(), log_sum_B)
         if (penalty_B := self.loss.penalty(lengths_B)) is not None:
             # Every rank adds all of it; its gradient comes from one, for the gather sums over ranks.
             is_own_B = torch.zeros_like(penalty_B).index_fill(0, rows, 1.0)
             loss_B = loss_B + penalty_B.detach() + is_own_B * (penalty_B - penalty_B.detach())
         return self._output(loss_B.mean(), targets_B, others_B)
+
+    def _log_sum_of_others(self, z_BC: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return log sum exp(z) over all classes but the target, for the losses that look at it."""
+        if not self.loss.observes_sums:
+            return z_BC.new_zeros(len(z_BC))
+        highest = self.loss.highest_logit()
+        e_BC = (z_BC.double() - highest).exp_()
+        e_BC[rows, columns] = 0.0
+        return sum_over(e_BC.sum(1), self.group).log() + highest
 
     def _output(self, loss: Tensor, targets_B: Tensor, others_B: Tensor) -> HeadOutput:
         metrics = {

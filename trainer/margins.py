@@ -39,6 +39,9 @@ class CosineSoftmax(nn.Module):
     needs_target_first: bool = False
     """Whether ``others`` looks at the target cosines: the head must have them before the first tile."""
 
+    observes_sums: bool = False
+    """Whether ``observe`` uses its last argument, which costs the autograd head a pass over the logits."""
+
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.scale = scale
@@ -313,6 +316,8 @@ class AdaCos(CosineSoftmax):
     While angles are wide, s grows by up to sqrt(2) in every step if other cosines reach 1, as they do in 2
     or 3 dimensions: the formula runs away. Beyond 1000 nothing can be trained and ``scale`` raises UserError.
     """
+
+    observes_sums = True
 
     dynamic_scale: Tensor
 

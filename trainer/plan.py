@@ -92,7 +92,7 @@ class HeadWork:
     product_dtype: str
     optimizer: str
     on_cpu: bool
-    cache_bytes: int = 64 << 20
+    cache_bytes: int = 52 << 20
 
     @property
     def rows(self) -> int:
@@ -411,7 +411,7 @@ class Job:
     """Of the rows. The backbone has the same, or SGD beside row_adagrad."""
     dtype: str = "auto"
     """Of the backbone; ``auto`` is bfloat16 where the device has it, else float32, as in training."""
-    cache_mib: int = 64
+    cache_mib: int = 52
     accumulation_steps: int = 1
     profile: Profile | None = field(default=None, repr=False)
 

@@ -136,7 +136,7 @@ class RowUpdate:
 
 def _row_adagrad(rows: Tensor, gradient: Tensor, square_sum: Tensor, group: dict[str, Any]) -> None:
     """Update ``rows`` and ``square_sum`` in place."""
-    square_sum += gradient.flatten(1).square().mean(1)
+    square_sum += gradient.reshape(len(gradient), -1).square().mean(1)
     length = square_sum.sqrt().add_(group["eps"]).view(-1, *[1] * (rows.ndim - 1))
     rows.mul_(1.0 - group["lr"] * group["weight_decay"])
     rows.addcdiv_(gradient, length.expand_as(rows), value=-group["lr"])

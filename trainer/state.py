@@ -16,7 +16,7 @@ from trainer.config import Config, to_dict
 from trainer.distributed import World, require_memory
 from trainer.engine import build_engine, compute_dtype, load_state, state_numbers, state_tensors
 from trainer.errors import UserError
-from trainer.fused import FusedCocoHead
+from trainer.fused import HIGHEST_LOGIT, FusedCocoHead
 from trainer.head import ClassShard, CocoHead, SoftmaxHead
 from trainer.log import log
 from trainer.margins import build_margin
@@ -67,6 +67,11 @@ def build_head(config: Config, world: World, dim: int) -> CocoHead | SoftmaxHead
     loss = build_margin(config.loss.name, scale, config.seed, **config.loss.margins).to(world.device)
     if config.head.update == "autograd":
         return CocoHead(shard, dim, loss=loss, seed=config.seed, group=world.group).to(world.device)
+    if loss.highest_logit() > HIGHEST_LOGIT:
+        raise UserError(
+            f"head.scale: logits up to {loss.highest_logit():.4g} do not fit the exponentials of the fused "
+            f"head ({HIGHEST_LOGIT:g}); lower it or take head.update=autograd"
+        )
     row_type, product_type = head_types(config, world)
     return FusedCocoHead(
         shard,
