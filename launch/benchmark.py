@@ -6,7 +6,6 @@ python launch/benchmark.py head --classes 200000 --dim 512 --batch 256 --ranks 2
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -88,17 +87,12 @@ def measure(options: argparse.Namespace) -> None:
 
 def start_ranks(num_ranks: int) -> None:
     """Run this command once per rank and end with the first exit code that is not 0."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    from trainer.distributed import open_meeting
+
+    _store, environments = open_meeting(num_ranks)
     ranks = [
-        subprocess.Popen(
-            [sys.executable, *sys.argv],
-            env=os.environ
-            | {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}
-            | {"LOCAL_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        )
-        for rank in range(num_ranks)
+        subprocess.Popen([sys.executable, *sys.argv], env=os.environ | environment)
+        for environment in environments
     ]
     try:
         codes = [rank.wait() for rank in ranks]

@@ -108,6 +108,23 @@ def joined_world(timeout_seconds: float) -> Iterator[World]:
     dist.destroy_process_group()
 
 
+def open_meeting(num_ranks: int) -> tuple[object, list[dict[str, str]]]:
+    """Return what must stay alive while ranks of this host run, and the environment of each of them.
+
+    This process keeps the address where they meet: its port cannot be taken between choosing and using it,
+    and no rank has to stay until the others have left.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {"WORLD_SIZE": str(num_ranks), "LOCAL_SIZE": str(num_ranks)}
+    # "The store is there already": no rank tries to serve it.
+    common |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    return store, [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
+
+
 def bound_all_groups(timeout_seconds: float) -> None:
     """Give every process group the same timeout. Call it on all ranks once all groups exist.
 
