@@ -179,7 +179,7 @@ class FusedCocoHead(CocoHead):
         """Return the logarithm; NaN, which ends the run, where exponentials below 1e-38 could be missed.
 
         Those of K classes are less than 1e-7 of a sum of at least K e^-71. Without a shift they all count;
-        with one, the mean cosine of a feature with *all* classes would have to be far below zero.
+        with one, up to HIGHEST_LOGIT, a feature's cosines with *all* other classes would have to be below zero.
         """
         if self._shift(len(sums_B)) == 0.0:
             return sums_B.log()
@@ -391,7 +391,6 @@ class _TwoPasses(torch.autograd.Function):
         loss, weight_B, slope_B, slope_of_length_B = head.loss_of(batch, sums_B, lengths_B)
         if with_gradient:
             head.observe_later(batch.targets_B, lengths_B, sums_B.log() + batch.shift)
-        if with_gradient:
             gradient_BD.mul_(weight_B[:, None].float())
             gradient_BD.addcmul_(target_rows_BD, (slope_B * batch.is_own_B)[:, None].float())
             ctx.save_for_backward(gradient_BD, (slope_of_length_B * batch.is_own_B).to(lengths_B.dtype))
