@@ -179,7 +179,7 @@ class FusedCocoHead(CocoHead):
         """Return the logarithm; NaN, which ends the run, where exponentials below 1e-38 could be missed.
 
         Those of K classes are less than 1e-7 of a sum of at least K e^-71. Without a shift they all count;
-        with one, up to HIGHEST_LOGIT, a feature's cosines with *all* other classes would have to be below zero.
+        with one, up to HIGHEST_LOGIT, a feature would have to point away from *all* other classes.
         """
         if self._shift(len(sums_B)) == 0.0:
             return sums_B.log()
