@@ -1,5 +1,6 @@
 """How every entry point ends: 0 when done, 2 with one line for what the user can mend, 1 for the rest."""
 
+import atexit
 import logging
 import os
 import sys
@@ -32,8 +33,12 @@ def run(main: Callable[[], object]) -> None:
         logging.getLogger("trainer").exception("rank %d failed", rank)
         time.sleep(_PATIENCE_SECONDS)
         code = 1
-    if code:
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # destructors of process groups and worker pools could wait for ranks that are gone
+    if not code:
+        atexit._run_exitfuncs()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The interpreter is not taken apart. After a failure the destructors of process groups and worker pools
+    # could wait for ranks that are gone. And after success: a thread of gloo that lets go of the last tensor
+    # only now asks for the interpreter's lock, is ended in the middle of C++, and aborts a run that was done.
+    os._exit(code)

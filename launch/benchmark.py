@@ -100,7 +100,8 @@ def start_ranks(num_ranks: int) -> None:
         for rank in ranks:
             rank.kill()
     if any(codes):
-        sys.exit(next(code for code in codes if code))
+        code = next(code for code in codes if code)
+        sys.exit(code if code > 0 else 128 - code)  # ended by a signal: as a shell says it
 
 
 if __name__ == "__main__":
