@@ -109,6 +109,8 @@ CASES: dict[str, tuple[str, Numbers, Formula]] = {
     ),
     "elasticface_cos": ("elasticface_cos", {}, lambda c, norm, now: c - now.margin),
     "adacos": ("adacos", {}, lambda c, norm, now: c),
+    "normface": ("normface", {}, lambda c, norm, now: c),
+    "uniface": ("uniface", {}, lambda c, norm, now: c - 0.4),
 }
 each_case = pytest.mark.parametrize("case", CASES)
 each_name = pytest.mark.parametrize("name", MARGINS)
@@ -467,7 +469,8 @@ def test_plus_gives_the_smallest_cosine_the_largest_margin() -> None:
 @each_case
 def test_a_saved_state_goes_on_with_the_same_numbers(case: str) -> None:
     margin, resumed, fresh = built(case), built(case), built(case)
-    walk(margin)
+    for cosine_B, _, log_sum_B in walk(margin):
+        margin.learn(cosine_B, log_sum_B, -cosine_B)
     file = io.BytesIO()
     torch.save(margin.state_dict(), file)
     file.seek(0)
@@ -479,10 +482,11 @@ def test_a_saved_state_goes_on_with_the_same_numbers(case: str) -> None:
             torch.stack([m.target(*batch()), m.others(z_TB, batch()[0])[0]]) for m in (margin, resumed, fresh)
         ]
         assert torch.equal(numbers[0], numbers[1])
-        # Without lambda, and with a momentum of 1, the state has nothing to say.
+        # Without lambda, and with a momentum of 1, the state has nothing to say; UniFace's, only to the head.
         matters = len(margin.state_dict()) > 0 and case not in (
             "sphereface without lambda",
             "adaface, all qualities",
+            "uniface",
         )
         assert torch.equal(numbers[0], numbers[2]) != matters
         walk(margin, 1)
@@ -605,6 +609,6 @@ def test_a_number_that_the_loss_does_not_take_is_refused(name: str, numbers: Num
 
 def test_a_loss_that_does_not_exist_is_refused() -> None:
     with pytest.raises(
-        UserError, match=r"^loss\.name must be one of coco, cosface, .*, adacos; got 'cosin'$"
+        UserError, match=r"^loss\.name must be one of coco, normface, .*, uniface; got 'cosin'$"
     ):
         build_margin("cosin", SCALE, SEED)

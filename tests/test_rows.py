@@ -39,7 +39,7 @@ def apply_(update: RowUpdate, gradient_CD: Tensor, step: int, slices: list[tuple
         rows_TD = rows_CD[low:high]
         if rows_TD.dtype != torch.float32:
             rows_TD = rows_TD.float()
-        update.apply(low, high, rows_TD, gradient_CD[low:high].float())
+        update.apply(slice(low, high), rows_TD, gradient_CD[low:high].float())
 
 
 # --------------------------------------------------------------------------------------------- RowAdagrad
@@ -113,7 +113,7 @@ def test_slices_are_updated_as_the_optimizer_updates_the_whole(name: str) -> Non
     ]
     optimizer = kind(groups, **settings)
     allocate_state(optimizer)
-    update = RowUpdate(optimizer, rows, first_class=11, seed=0)
+    update = RowUpdate(optimizer, rows, first_row=11, seed=0)
     for step in range(20):
         whole.grad = gradient_of(step)
         lr = settings["lr"] / (1 + 0.1 * step)
@@ -137,7 +137,7 @@ def test_the_optimizer_itself_may_go_on_where_slices_stopped(name: str) -> None:
         rows = torch.nn.Parameter(random(NUM_ROWS, DIM, seed=1).float())
         optimizer = kind([rows], **settings)
         allocate_state(optimizer)
-        update = RowUpdate(optimizer, rows, first_class=0, seed=0)
+        update = RowUpdate(optimizer, rows, first_row=0, seed=0)
         for step in range(4):
             if step < switch:
                 apply_(update, gradient_of(step), step)
@@ -159,7 +159,7 @@ class Walk:
         self.rows = torch.nn.Parameter(rows_CD.bfloat16())
         optimizer = SGD([self.rows], lr=1.0)
         allocate_state(optimizer)
-        self.update = RowUpdate(optimizer, self.rows, first_class=first_class, seed=seed)
+        self.update = RowUpdate(optimizer, self.rows, first_row=first_class, seed=seed)
 
     def step(self, change: Tensor | float, step: int, slices: list[tuple[int, int]] | None = None) -> Tensor:
         """Add ``change`` to the rows, at random where bfloat16 has no such number; return them."""
@@ -273,7 +273,7 @@ def test_training_in_bfloat16_follows_float32_with_every_optimizer() -> None:
             parameter = torch.nn.Parameter(torch.ones(rows, dim, dtype=dtype))
             optimizer = kind([parameter], **numbers)
             allocate_state(optimizer)
-            update = RowUpdate(optimizer, parameter, first_class=0, seed=0)
+            update = RowUpdate(optimizer, parameter, first_row=0, seed=0)
             for step in range(num_steps):
                 gradient_CD = parameter.detach().double() - goal_CD + random(rows, dim, seed=step)
                 apply_(update, gradient_CD, step, [(0, rows)])

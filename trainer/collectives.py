@@ -85,6 +85,14 @@ def sum_over(x: Tensor, group: ProcessGroup) -> Tensor:
     return total
 
 
+def total_of_parts(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the sum over ranks, the same on each; the gradient of each is that of its own part.
+
+    For a total that *every* rank adds to its loss, whose gradients are summed over ranks later.
+    """
+    return sum_over(x, group) + (x - x.detach())
+
+
 def max_over(x: Tensor, group: ProcessGroup) -> Tensor:
     """Return the element-wise maximum over ranks, the same on each; no gradient."""
     total = x.detach().clone()

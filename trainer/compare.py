@@ -69,7 +69,7 @@ def load_model(folder: Path, config: Config, world: World) -> tuple[Backbone, Co
     except RuntimeError as error:
         raise UserError(f"{found[-1]}: checkpoint of another model: {' '.join(str(error).split())}") from None
     head = build_head(config, world, backbone.dim)
-    load_head(head, None, read_rows(found[-1], head.shard))
+    load_head(head, None, read_rows(found[-1], head.row_shard))
     load_loss_statistics(head, read_record(found[-1]))
     return backbone, head
 

@@ -136,13 +136,16 @@ class LossConfig:
 
     name: Literal[
         "coco", "softmax", "cosface", "arcface", "combined", "sphereface", "curricularface", "adaface",
-        "magface", "elasticface_arc", "elasticface_cos", "adacos",
+        "magface", "elasticface_arc", "elasticface_cos", "adacos", "normface", "uniface",
     ] = "coco"  # fmt: skip
     """`coco`: scaled cosine softmax over learned unit centroids. `softmax`: inner products and a bias,
     the baseline. The others are COCO with a margin or another rule for the scale: docs/coco.md."""
 
     margins: dict[str, float] = Field(default_factory=dict)
     """Numbers of a margin loss that differ from its paper's, by name: `{margin: 0.4}` for cosface."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target's probability that is spread evenly over all classes."""
 
 
 @section
@@ -154,6 +157,16 @@ class HeadConfig:
 
     scale: Positive | Literal["paper", "simplex", "adacos"] = "simplex"
     """Factor alpha on the cosines: a number, or a rule of docs/coco.md applied to the number of classes."""
+
+    sub_centroids: PositiveInt = 1
+    """Centroids per class, of which the nearest counts: noise gathers around others than the main one."""
+
+    sample_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the classes that take part in a step, beside those of the batch; new ones in every step. Below
+    1 (fused only) the loss is no longer the exact softmax: docs/coco.md says by how much."""
+
+    dead_after_steps: PositiveInt | None = None
+    """`train/dead_classes` counts the classes that had no sample in so many steps. None takes two epochs."""
 
     update: Literal["fused", "autograd"] = "fused"
     """`fused`: two passes over tiles of classes, no logits and no gradient in memory. `autograd`: an
@@ -362,6 +375,7 @@ def check_across_fields(config: Config) -> None:
     head = config.head
     if head.state_dtype == "bfloat16" and (head.update != "fused" or config.loss.name == "softmax"):
         raise UserError("head.state_dtype: bfloat16 needs head.update=fused and a loss of cosines")
+    _check_variants(config)
     for name, values in (("mean", backbone.mean), ("std", backbone.std)):
         if values is not None and len(values) not in (1, backbone.channels):
             raise UserError(f"backbone.{name}: has {len(values)} numbers for {backbone.channels} channels")
@@ -375,3 +389,26 @@ def check_across_fields(config: Config) -> None:
             f"data.batch_size: {config.data.batch_size} is not divisible by "
             f"engine.accumulation_steps={engine.accumulation_steps}"
         )
+
+
+def _check_variants(config: Config) -> None:
+    """Refuse what the head cannot do together. Raises UserError."""
+    loss, head = config.loss, config.head
+    if loss.label_smoothing and loss.name in ("softmax", "curricularface", "normface", "uniface"):
+        raise UserError(f"loss.label_smoothing: {loss.label_smoothing} is not defined with {loss.name}")
+    if head.sub_centroids > 1 and (loss.name == "softmax" or loss.label_smoothing):
+        raise UserError(
+            f"head.sub_centroids: {head.sub_centroids} needs a loss of cosines without label smoothing"
+        )
+    if head.sample_rate < 1.0:
+        others = {
+            "head.update": (head.update, "fused"),
+            "head.sub_centroids": (head.sub_centroids, 1),
+            "loss.label_smoothing": (loss.label_smoothing, 0.0),
+            "engine.accumulation_steps": (config.engine.accumulation_steps, 1),
+        }
+        for field, (value, needed) in others.items():
+            if value != needed:
+                raise UserError(f"head.sample_rate: {head.sample_rate} needs {field}={needed}, got {value}")
+        if loss.name == "softmax":
+            raise UserError(f"head.sample_rate: {head.sample_rate} needs a loss of cosines")

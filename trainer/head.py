@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from trainer.collectives import gather_batch, gather_labelled, max_over, sum_over
+from trainer.collectives import gather_batch, gather_labelled, max_over, sum_over, total_of_parts
 from trainer.margins import CosineSoftmax
 
 _ROWS_PER_KEY = 4096
@@ -49,6 +49,10 @@ class ClassShard:
             raise ValueError(f"{num_classes} classes cannot be cut over {num_ranks} ranks")
         return cls(num_classes * rank // num_ranks, num_classes * (rank + 1) // num_ranks, num_classes)
 
+    def times(self, rows: int) -> "ClassShard":
+        """Return the same cut, counted in rows where every class has so many."""
+        return ClassShard(self.start * rows, self.stop * rows, self.num_classes * rows)
+
     def __len__(self) -> int:
         return self.stop - self.start
 
@@ -66,10 +70,36 @@ class HeadOutput(NamedTuple):
 class DenseHead(nn.Module):
     """Rows with an ordinary gradient, and what a step does with it."""
 
-    shard: ClassShard
-    group: ProcessGroup
     norm_is_cheap = True
     """Whether ``squared_norm`` is much faster than ``update``."""
+
+    last_seen_C: Tensor
+
+    def __init__(self, shard: ClassShard, group: ProcessGroup, row_shard: ClassShard | None = None) -> None:
+        super().__init__()
+        self.shard, self.group = shard, group
+        self.row_shard = row_shard or shard
+        """Which rows of all this rank holds: one a class, or ``sub_centroids``."""
+        self.step, self._first_step = 0, -1
+        self.register_buffer("last_seen_C", torch.zeros(len(shard), dtype=torch.int32), persistent=False)
+
+    def begin_step(self, step: int) -> None:
+        """Say which step of training, from 0, the next batches belong to."""
+        if self._first_step < 0:  # nothing is known of the steps before
+            self.last_seen_C.fill_(step)
+            self._first_step = step
+        self.step = step
+
+    def mark_seen(self, labels_B: Tensor) -> None:
+        """Note that these classes have a sample in this step."""
+        places_B = labels_B - self.shard.start
+        is_own_B = (places_B >= 0) & (places_B < len(self.shard))
+        seen_B = (is_own_B * self.step).to(torch.int32)  # 0, which raises nothing, for the classes of others
+        self.last_seen_C.scatter_reduce_(0, places_B.clamp(0, len(self.shard) - 1), seen_B, "amax")
+
+    def num_dead(self, steps: int) -> Tensor:
+        """Return how many of all classes had no sample in that many steps. Every rank must call it."""
+        return sum_over((self.step - self.last_seen_C >= steps).sum(), self.group)
 
     def squared_norm(self) -> Tensor:
         """Return the squared length of the gradient of this rank's rows (float64); communicates nothing."""
@@ -87,13 +117,17 @@ class DenseHead(nn.Module):
         optimizer.step()
         return squared_norm
 
-    def end_step(self) -> None:
+    def end_step(self, applied: bool = True) -> None:
         """Forget the gradient: it was used, or the step was skipped."""
         self.zero_grad()
 
 
 class CocoHead(DenseHead):
     """Scaled cosine softmax over learned centroids, by an ordinary gradient; ``loss`` may add a margin.
+
+    With S = ``sub_centroids`` above 1 a class has S rows, one after another, and its cosine is the highest
+    (sub-center ArcFace, ECCV 2020: noise gathers around rows of its own). ``label_smoothing`` e gives every
+    class, the target too, e / K of the target's probability (1512.00567).
 
     ``trainer/fused.py`` does the same in a fraction of the memory; this one is for research, and its judge.
     """
@@ -107,11 +141,13 @@ class CocoHead(DenseHead):
         seed: int,
         group: ProcessGroup,
         row_type: torch.dtype = torch.float32,
+        sub_centroids: int = 1,
+        label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.shard, self.loss, self.group = shard, loss, group
-        self.centroids_CD = nn.Parameter(initial_rows(seed, shard, dim, row_type))
-        self._observed: list[tuple[Tensor, Tensor, Tensor]] = []
+        super().__init__(shard, group, shard.times(sub_centroids))
+        self.loss, self.sub_centroids, self.label_smoothing = loss, sub_centroids, label_smoothing
+        self.centroids_CD = nn.Parameter(initial_rows(seed, self.row_shard, dim, row_type))
+        self._observed: list[tuple[Tensor, ...]] = []
 
     def forward(self, embeddings_ND: Tensor, labels_N: Tensor) -> HeadOutput:
         """Return loss and metrics of the global batch. Every rank must call it, with equal N."""
@@ -130,31 +166,52 @@ class CocoHead(DenseHead):
     def of_features(self, features_BD: Tensor, lengths_B: Tensor, labels_B: Tensor) -> HeadOutput:
         """The same for unit features and the lengths they had. Every rank must call it."""
         cosine_BC = features_BD @ F.normalize(self.centroids_CD.float()).T
+        if self.sub_centroids > 1:
+            cosine_BC = cosine_BC.unflatten(1, (-1, self.sub_centroids)).max(2).values
         targets_B, others_B = target_and_other(cosine_BC.detach(), labels_B, self.shard, self.group)
         rows, columns = own_targets(labels_B, self.shard)
         z_CB, _ = self.loss.others(self.loss.scale * cosine_BC.T, targets_B)
         # A margin may look at the whole batch; only the targets of this rank have a gradient.
         own_cosines_B = targets_B.index_put((rows,), cosine_BC[rows, columns])
         z_target_B = self.loss.target(own_cosines_B, lengths_B)
-        z_BC = z_CB.T.index_put((rows, columns), z_target_B[rows])
-        loss_B, *_ = _ShardedCrossEntropy.apply(z_BC, labels_B, self.shard, self.group)
+        z_BC = z_CB.T.index_put((rows, columns), z_target_B[rows].to(z_CB.dtype))
+        if self.loss.is_unified:
+            terms_BC = self.loss.weight * F.softplus(z_BC - self.loss.bias)
+            target_terms_B = F.softplus(self.loss.bias - z_target_B)
+            terms_BC = terms_BC.index_put((rows, columns), target_terms_B[rows].to(terms_BC.dtype))
+            loss_B = total_of_parts(terms_BC.sum(1), self.group)
+        else:
+            loss_B, *_ = _ShardedCrossEntropy.apply(z_BC, labels_B, self.shard, self.group)
+        if self.label_smoothing:
+            mean_B = total_of_parts(z_BC.sum(1), self.group) / self.shard.num_classes
+            loss_B = loss_B + self.label_smoothing * (z_target_B - mean_B)
         if torch.is_grad_enabled():
-            log_sum_B = self._log_sum_of_others(z_BC.detach(), rows, columns)
-            self.observe_later(targets_B, lengths_B.detach(), log_sum_B)
+            self.mark_seen(labels_B)
+            statistics = self._statistics(z_BC.detach(), cosine_BC.detach(), rows, columns)
+            self.observe_later(targets_B, lengths_B.detach(), *statistics)
         if (penalty_B := self.loss.penalty(lengths_B)) is not None:
             # Every rank adds all of it; its gradient comes from one, for the gather sums over ranks.
             is_own_B = torch.zeros_like(penalty_B).index_fill(0, rows, 1.0)
             loss_B = loss_B + penalty_B.detach() + is_own_B * (penalty_B - penalty_B.detach())
         return self._output(loss_B.mean(), targets_B, others_B)
 
-    def _log_sum_of_others(self, z_BC: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Return log sum exp(z) over all classes but the target, for the losses that look at it."""
-        if not self.loss.observes_sums:
-            return z_BC.new_zeros(len(z_BC))
+    def _statistics(
+        self, z_BC: Tensor, cosine_BC: Tensor, rows: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return log sum exp(z) over all classes but the target, and what ``loss.learn`` calls slope."""
+        zeros_B = z_BC.new_zeros(len(z_BC))
+        if self.loss.learns == "bias":
+            slope_BC = -torch.sigmoid(z_BC - self.loss.bias)
+            slope_BC[rows, columns] = 0.0
+            return zeros_B, sum_over(slope_BC.sum(1), self.group)
+        if not (self.loss.observes_sums or self.loss.learns):
+            return zeros_B, zeros_B
         highest = self.loss.highest_logit()
         e_BC = (z_BC.double() - highest).exp_()
         e_BC[rows, columns] = 0.0
-        return sum_over(e_BC.sum(1), self.group).log() + highest
+        sum_B = sum_over(e_BC.sum(1), self.group)
+        slope_B = sum_over((e_BC * cosine_BC).sum(1), self.group) / sum_B
+        return sum_B.log() + highest, slope_B
 
     def _output(self, loss: Tensor, targets_B: Tensor, others_B: Tensor) -> HeadOutput:
         metrics = {
@@ -164,15 +221,19 @@ class CocoHead(DenseHead):
         }
         return HeadOutput(loss, metrics)
 
-    def observe_later(self, targets_B: Tensor, lengths_B: Tensor, log_sum_B: Tensor) -> None:
+    def observe_later(self, targets_B: Tensor, lengths_B: Tensor, log_sum_B: Tensor, slope_B: Tensor) -> None:
         """Remember a (micro-)batch for ``end_step``: the loss must not change between its two uses."""
-        self._observed.append((targets_B, lengths_B, log_sum_B))
+        self._observed.append((targets_B, lengths_B, log_sum_B, slope_B))
 
-    def end_step(self) -> None:
-        """Forget the gradient, and move the running statistics of the loss by what the step has seen."""
-        super().end_step()
-        if self._observed:
-            self.loss.observe(*(torch.cat(parts) for parts in zip(*self._observed, strict=True)))
+    def end_step(self, applied: bool = True) -> None:
+        """Forget the gradient; if it was used, move the statistics of the loss by what the step has seen."""
+        super().end_step(applied)
+        if self._observed and applied:
+            targets_B, lengths_B, log_sum_B, slope_B = (
+                torch.cat(p) for p in zip(*self._observed, strict=True)
+            )
+            self.loss.observe(targets_B, lengths_B, log_sum_B)
+            self.loss.learn(targets_B, log_sum_B, slope_B)
         self._observed.clear()
 
     def directions_CD(self) -> Tensor:
@@ -188,8 +249,7 @@ class SoftmaxHead(DenseHead):
     """Plain softmax over inner products and a bias, cut the same way: the baseline."""
 
     def __init__(self, shard: ClassShard, dim: int, *, seed: int, group: ProcessGroup) -> None:
-        super().__init__()
-        self.shard, self.group = shard, group
+        super().__init__(shard, group)
         self.weight_CD = nn.Parameter(initial_rows(seed, shard, dim))
         self.bias_C = nn.Parameter(torch.zeros(len(shard)))
 
@@ -201,6 +261,8 @@ class SoftmaxHead(DenseHead):
     def of_embeddings(self, embeddings_BD: Tensor, labels_B: Tensor) -> HeadOutput:
         """The same for a batch that every rank holds whole. Every rank must call it."""
         z_BC = embeddings_BD @ self.weight_CD.T + self.bias_C
+        if torch.is_grad_enabled():
+            self.mark_seen(labels_B)
         loss_B, target_B, other_B = _ShardedCrossEntropy.apply(z_BC, labels_B, self.shard, self.group)
         return HeadOutput(loss_B.mean(), {"accuracy": (target_B > other_B).float().mean()})
 

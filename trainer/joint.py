@@ -63,6 +63,7 @@ class JointStep:
         accumulation = self.engine.gradient_accumulation_steps()
         set_learning_rate(self.engine.optimizer, lr)
         set_learning_rate(self.head_optimizer, lr * self.head_lr_multiplier)
+        self.head.begin_step(step)
         outputs = []
         for images, labels in zip(images_NCHW.chunk(accumulation), labels_N.chunk(accumulation), strict=True):
             embeddings_ND = undo_rank_average(self.engine(images), self.group)
@@ -75,7 +76,7 @@ class JointStep:
         # A finite loss has finite gradients in the rows; whether the backbone's are is seen in their norm.
         is_finite = math.isfinite(float(metrics["loss"]))
         grad_norm, applied = (self._update_zero if self._zero else self._update)(is_finite, step)
-        self.head.end_step()
+        self.head.end_step(applied)
         return StepOutput(metrics, grad_norm, applied)
 
     def _update(self, is_finite: bool, step: int) -> tuple[float, bool]:

@@ -6,6 +6,7 @@ from collections.abc import Generator
 from contextlib import closing
 
 import torch
+from torch import Tensor
 
 from trainer.augment import build_train_transform
 from trainer.backbone import image_size_of
@@ -65,6 +66,7 @@ def train(config: Config) -> dict[str, float]:
                     log_run.add({f"train/{name}": value for name, value in out.metrics.items()})
                     log_run.add({"train/lr": lr, "train/grad_norm": out.grad_norm, **throughput.read()})
                     log_run.add({"perf/memory_gib": world.peak_memory_bytes / 2**30})
+                    log_run.add({"train/dead_classes": dead_classes(state, config)})
                 if config.data.log_batch_digest:
                     log_run.add({"data/batch_digest": batch_digest(batch, world)})
                 if log_run.is_due(state.step, config.eval.every_steps):
@@ -96,9 +98,10 @@ def with_derived_fields(config: Config, index: Index) -> Config:
             f"of {config.data.train}"
         )
     steps = config.optim.steps or max(1, round(steps_per_epoch * (config.optim.epochs or 0)))
+    dead_after = config.head.dead_after_steps or 2 * steps_per_epoch
     return dataclasses.replace(
         config,
-        head=dataclasses.replace(config.head, num_classes=num_classes),
+        head=dataclasses.replace(config.head, num_classes=num_classes, dead_after_steps=dead_after),
         optim=dataclasses.replace(config.optim, steps=steps, epochs=None),
     )
 
@@ -177,6 +180,12 @@ def batch_digest(batch: Batch, world: World) -> str:
     assert batch.digests_N is not None
     total = sum_over(batch.digests_N.sum().to(world.device), world.group)
     return f"{int(total) % 2**64:016x}"
+
+
+def dead_classes(state: TrainState, config: Config) -> Tensor:
+    """Return how many classes had no sample for long; every rank must call it."""
+    assert config.head.dead_after_steps is not None
+    return state.head.num_dead(config.head.dead_after_steps)
 
 
 def evaluate(state: TrainState, test_sets: EvalSets) -> list[SetResult]:

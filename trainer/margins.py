@@ -23,6 +23,7 @@ Legend: B images of the global batch, T any leading dimensions (the classes of a
 
 import inspect
 from math import isfinite, log, pi
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from trainer.errors import UserError
 
 _COSINE_LIMIT = 1.0 - 5e-7
 _HIGHEST_SCALE = 1000.0
+_HIGHEST_LEARNED_SCALE = 128.0  # what the fused head's exponentials can hold
 
 
 class CosineSoftmax(nn.Module):
@@ -41,6 +43,16 @@ class CosineSoftmax(nn.Module):
 
     observes_sums: bool = False
     """Whether ``observe`` uses its last argument, which costs the autograd head a pass over the logits."""
+
+    learns: Literal["", "scale", "bias"] = ""
+    """Which number ``learn`` moves, if any."""
+
+    is_unified: bool = False
+    """Whether each class is judged by itself: L = softplus(bias - t) + sum_{j != y} softplus(z_j - bias)."""
+
+    bias: Tensor
+    weight: float
+    """Threshold of a unified loss, and the weight of its other classes."""
 
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -64,9 +76,72 @@ class CosineSoftmax(nn.Module):
     def observe(self, cosine_B: Tensor, norm_B: Tensor, log_sum_others_B: Tensor) -> None:
         """Move the running statistics by one step; the last argument is log sum_{j != y} exp(s c_j)."""
 
+    def learn(self, cosine_B: Tensor, log_sum_others_B: Tensor, slope_B: Tensor) -> None:
+        """Move the learned number by one step of gradient descent, after ``observe``.
+
+        ``slope_B``: of log sum_{j != y} exp(s c_j) in the scale, or of sum_{j != y} softplus(z_j - b) in b.
+        """
+
     def highest_logit(self) -> float:
         """Return a bound of |z_j| as ``others`` returns it, for the choice of a safe shift."""
         return self.scale
+
+
+class NormFace(CosineSoftmax):
+    """NormFace (1704.06369) with its learned scale: COCO, and s <- s - rate dL/ds after every step.
+
+    dL/ds = mean_i (1 - p_iy) (sum_{j != y} p_ij c_ij / (1 - p_iy) - c_iy): negative while the target is the
+    nearest, so s grows as long as there is anything to gain. ``rate`` does not follow the schedule.
+    """
+
+    learns = "scale"
+    learned_scale: Tensor
+
+    def __init__(self, scale: float, rate: float = 1.0) -> None:
+        super().__init__(scale)
+        self.rate = _within("rate", rate)
+
+    @property
+    def scale(self) -> float:  # type: ignore[override]
+        """The scale of the current step."""
+        return float(self.learned_scale)
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self.register_buffer("learned_scale", torch.tensor(scale, dtype=torch.float64))
+
+    def learn(self, cosine_B: Tensor, log_sum_others_B: Tensor, slope_B: Tensor) -> None:
+        cosine_B = cosine_B.double()
+        miss_B = torch.sigmoid(log_sum_others_B.double() - self.scale * cosine_B)
+        slope = (miss_B * (slope_B.double() - cosine_B)).mean()
+        self.learned_scale = (self.learned_scale - self.rate * slope).clamp(1.0, _HIGHEST_LEARNED_SCALE)
+
+
+class UniFace(CosineSoftmax):
+    """UniFace (ICCV 2023, unified cross-entropy): one threshold b for all classes and images.
+
+    L = softplus(b - s (c_y - m)) + l sum_{j != y} softplus(s c_j - b), and b <- b - rate dL/db after every
+    step, from b = log(10 K). Unlike a softmax it asks every other class to stay below the same threshold.
+    """
+
+    learns = "bias"
+    is_unified = True
+
+    def __init__(
+        self, scale: float, margin: float = 0.4, weight: float = 1.0, rate: float = 0.1, *, num_classes: int
+    ) -> None:
+        super().__init__(scale)
+        self.margin = _within("margin", margin, 0.0, 2.0)
+        self.weight = _within("weight", weight)
+        self.rate = _within("rate", rate)
+        self.register_buffer("bias", torch.tensor(log(10.0 * num_classes), dtype=torch.float64))
+
+    def target(self, cosine_B: Tensor, norm_B: Tensor) -> Tensor:
+        return self.scale * (cosine_B - self.margin)
+
+    def learn(self, cosine_B: Tensor, log_sum_others_B: Tensor, slope_B: Tensor) -> None:
+        miss_B = torch.sigmoid(self.bias - self.target(cosine_B.double(), cosine_B))
+        self.bias = self.bias - self.rate * (miss_B + self.weight * slope_B.double()).mean()
 
 
 class CosFace(CosineSoftmax):
@@ -342,6 +417,7 @@ class AdaCos(CosineSoftmax):
 
 MARGINS: dict[str, type] = {
     "coco": CosineSoftmax,
+    "normface": NormFace,
     "cosface": CosFace,
     "arcface": ArcFace,
     "combined": Combined,
@@ -352,11 +428,14 @@ MARGINS: dict[str, type] = {
     "elasticface_arc": ElasticArcFace,
     "elasticface_cos": ElasticCosFace,
     "adacos": AdaCos,
+    "uniface": UniFace,
 }
 """``loss.name`` -> its class, whose keyword arguments are the keys of ``loss.margins``."""
 
 
-def build_margin(name: str, scale: float, seed: int, /, **numbers: float) -> CosineSoftmax:
+def build_margin(
+    name: str, scale: float, seed: int, /, *, num_classes: int = 2, **numbers: float
+) -> CosineSoftmax:
     """Return the loss of that name with ``loss.margins`` as ``numbers``; those not given are the papers'.
 
     Raises UserError for a name that does not exist, and for a number that the loss does not take or allow.
@@ -364,11 +443,12 @@ def build_margin(name: str, scale: float, seed: int, /, **numbers: float) -> Cos
     if name not in MARGINS:
         raise UserError(f"loss.name must be one of {', '.join(MARGINS)}; got {name!r}")
     parameters = inspect.signature(MARGINS[name]).parameters
-    taken = [key for key in parameters if key not in ("scale", "seed")]
+    given = {key: value for key, value in (("seed", seed), ("num_classes", num_classes)) if key in parameters}
+    taken = [key for key in parameters if key != "scale" and key not in given]
     for key, value in numbers.items():
         if key not in taken:
             raise UserError(f"loss.margins.{key} = {value}: {name} takes {', '.join(taken) or 'no numbers'}")
-    return MARGINS[name](scale, **numbers, **({"seed": seed} if "seed" in parameters else {}))
+    return MARGINS[name](scale, **numbers, **given)
 
 
 def _within(key: str, value: float, low: float = 0.0, high: float = float("inf")) -> float:

@@ -50,8 +50,8 @@ class RowUpdate:
     and the same parameter can go on with an ordinary gradient.
     """
 
-    def __init__(self, optimizer: Optimizer, parameter: Tensor, *, first_class: int, seed: int) -> None:
-        self.parameter, self.first_class, self.seed = parameter, first_class, seed
+    def __init__(self, optimizer: Optimizer, parameter: Tensor, *, first_row: int, seed: int) -> None:
+        self.parameter, self.first_row, self.seed = parameter, first_row, seed
         self.optimizer = optimizer
         (self._group,) = (g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
         self._noise_PD: Tensor | None = None
@@ -68,26 +68,30 @@ class RowUpdate:
                 self._noise_PD = torch.empty(2 * _TABLE_ROWS, dim, dtype=torch.int32, device=device)
             generator = torch.Generator(device).manual_seed(fold(self.seed, step) >> 1)
             self._noise_PD[:_TABLE_ROWS].random_(1 << 16, generator=generator)
-            # Again below: any slice of classes is then one slice of the table.
+            # Again below: any slice of rows is then one slice of the table.
             self._noise_PD[_TABLE_ROWS:] = self._noise_PD[:_TABLE_ROWS]
 
-    def apply(self, low: int, high: int, rows_TD: Tensor, gradient_TD: Tensor) -> None:
-        """Update rows ``low`` to ``high``, whose float32 values are ``rows_TD``.
+    def apply(self, rows: slice | Tensor, rows_TD: Tensor, gradient_TD: Tensor) -> None:
+        """Update some rows, neighbours or listed, whose float32 values are ``rows_TD``.
 
         ``rows_TD`` is changed; it may be the slice of the parameter itself.
         """
         state = self.optimizer.state[self.parameter]
         names = [name for name, value in state.items() if value.ndim]
-        stored = [state[name][low:high] for name in names]
+        stored = [state[name][rows] for name in names]  # a view of neighbours, a copy of listed ones
         moments = [self._as_float32(i, tensor) for i, tensor in enumerate(stored)]
         self._step(rows_TD, gradient_TD, moments, state)
         if self.parameter.dtype == torch.bfloat16:
-            self._round(rows_TD, self.parameter[low:high], low)
-            for name, tensor, value in zip(names, stored, moments, strict=True):
+            self._round(rows_TD, rows, self.parameter, 0)
+            for name, value in zip(names, moments, strict=True):
                 if name == "exp_avg_sq":  # moves by a thousandth a step, which rounding to nearest would lose
-                    self._round(value, tensor, low + _TABLE_ROWS // 2)
+                    self._round(value, rows, state[name], _TABLE_ROWS // 2)
                 else:
-                    tensor.copy_(value)
+                    state[name][rows] = value.to(state[name].dtype)
+        elif not isinstance(rows, slice):
+            self.parameter[rows] = rows_TD
+            for name, value in zip(names, moments, strict=True):
+                state[name][rows] = value
 
     def _as_float32(self, number: int, values: Tensor) -> Tensor:
         """Return the values themselves if they are float32, else in a buffer that lasts: as in _Workspace."""
@@ -123,15 +127,23 @@ class RowUpdate:
         else:
             _row_adagrad(rows_TD, gradient_TD, moments[0], group)
 
-    def _round(self, values_TD: Tensor, target_TD: Tensor, first: int) -> None:
+    def _round(self, values_TD: Tensor, rows: slice | Tensor, target_CD: Tensor, offset: int) -> None:
         """Write float32 values into bfloat16, up or down at random: unbiased. ``values_TD`` is destroyed."""
         assert self._noise_PD is not None
-        parts = zip(values_TD.split(_TABLE_ROWS), target_TD.split(_TABLE_ROWS), strict=True)
+        if not isinstance(rows, slice):
+            noise_TD = self._noise_PD[(self.first_row + offset + rows) % _TABLE_ROWS]
+            target_CD[rows] = _rounded(values_TD, noise_TD).to(target_CD.dtype)
+            return
+        start = (self.first_row + offset + rows.start) % _TABLE_ROWS  # the same for every part
+        parts = zip(values_TD.split(_TABLE_ROWS), target_CD[rows].split(_TABLE_ROWS), strict=True)
         for values, target in parts:
-            start = (self.first_class + first) % _TABLE_ROWS  # the same for every part
-            bits = values.view(torch.int32).add_(self._noise_PD[start : start + len(values)])
-            bits.bitwise_and_(-1 << 16)  # what is left is a bfloat16 exactly
-            target.copy_(values)
+            target.copy_(_rounded(values, self._noise_PD[start : start + len(values)]))
+
+
+def _rounded(values: Tensor, noise: Tensor) -> Tensor:
+    """Return the values, changed in place, as float32 numbers that are bfloat16 exactly."""
+    values.view(torch.int32).add_(noise).bitwise_and_(-1 << 16)
+    return values
 
 
 def _row_adagrad(rows: Tensor, gradient: Tensor, square_sum: Tensor, group: dict[str, Any]) -> None:

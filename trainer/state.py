@@ -27,7 +27,7 @@ from trainer.scale import scale_of
 # A checkpoint is of another model, or of other data, if one of these differs.
 _IDENTITY = (
     "seed", "backbone.name", "backbone.channels", "backbone.neck", "backbone.embedding_dim", "loss.name",
-    "head.num_classes", "head.scale", "head.optimizer", "optim.name",
+    "head.num_classes", "head.scale", "head.sub_centroids", "head.optimizer", "optim.name",
 )  # fmt: skip
 
 
@@ -60,13 +60,22 @@ def build_head(config: Config, world: World, dim: int) -> CocoHead | SoftmaxHead
     if num_classes < world.size:
         raise UserError(f"head.num_classes: {num_classes} classes cannot be cut over {world.size} ranks")
     shard = ClassShard.of_rank(num_classes, world.rank, world.size)
-    require_memory(head_bytes(config, len(shard), dim), world, f"head.num_classes: {num_classes} x {dim}")
+    what = f"head.num_classes: {num_classes} x {dim}"
+    require_memory(head_bytes(config, len(shard), dim), world, what)
     if config.loss.name == "softmax":
         return SoftmaxHead(shard, dim, seed=config.seed, group=world.group).to(world.device)
     scale = scale_of(config.head.scale, num_classes)
-    loss = build_margin(config.loss.name, scale, config.seed, **config.loss.margins).to(world.device)
+    name, numbers = config.loss.name, config.loss.margins
+    loss = build_margin(name, scale, config.seed, num_classes=num_classes, **numbers).to(world.device)
+    settings: dict[str, Any] = {
+        "loss": loss,
+        "seed": config.seed,
+        "group": world.group,
+        "sub_centroids": config.head.sub_centroids,
+        "label_smoothing": config.loss.label_smoothing,
+    }
     if config.head.update == "autograd":
-        return CocoHead(shard, dim, loss=loss, seed=config.seed, group=world.group).to(world.device)
+        return CocoHead(shard, dim, **settings).to(world.device)
     if loss.highest_logit() > HIGHEST_LOGIT:
         raise UserError(
             f"head.scale: logits up to {loss.highest_logit():.4g} do not fit the exponentials of the fused "
@@ -76,9 +85,8 @@ def build_head(config: Config, world: World, dim: int) -> CocoHead | SoftmaxHead
     return FusedCocoHead(
         shard,
         dim,
-        loss=loss,
-        seed=config.seed,
-        group=world.group,
+        **settings,
+        sample_rate=config.head.sample_rate,
         row_type=row_type,
         product_type=product_type,
         cache_bytes=config.head.cache_mib << 20,
@@ -95,12 +103,16 @@ def head_types(config: Config, world: World) -> tuple[torch.dtype, torch.dtype]:
 
 
 def head_bytes(config: Config, num_rows: int, dim: int) -> int:
-    """Return the bytes of a rank's rows and their optimizer state (and dense gradient, if there is one)."""
+    """Return the bytes of a rank's rows and their optimizer state (and dense gradient, if there is one).
+
+    ``num_rows`` counts classes; each has ``head.sub_centroids`` rows.
+    """
     name = config.optim.name if config.head.optimizer == "same" else config.head.optimizer
     matrices = {"sgd": 1 + bool(config.optim.momentum), "adamw": 3, "row_adagrad": 1}[name]
     if config.loss.name == "softmax" or config.head.update == "autograd":
         matrices += 1
-    return num_rows * (matrices * dim * getattr(torch, config.head.state_dtype).itemsize + 4)
+    row_bytes = matrices * dim * getattr(torch, config.head.state_dtype).itemsize + 4
+    return num_rows * config.head.sub_centroids * row_bytes
 
 
 def save(state: TrainState, config: Config, checkpoints: Checkpoints, fingerprint: str) -> None:
@@ -118,7 +130,7 @@ def save(state: TrainState, config: Config, checkpoints: Checkpoints, fingerprin
         record,
         backbone=dict(state_tensors(state.engine)),
         head=checkpoint.head_tensors(state.head, state.head_optimizer),
-        shard=state.head.shard,
+        shard=state.head.row_shard,
     )
     log.info("saved %s", path)
 
@@ -170,7 +182,7 @@ def resume(state: TrainState, config: Config, checkpoints: Checkpoints, fingerpr
     record = checkpoint.read_record(path)
     _check_same_model(path, record, config, fingerprint)
     load_state(state.engine, checkpoint.read_tensors(path / "backbone.safetensors"), record["numbers"], path)
-    rows = checkpoint.read_rows(path, state.head.shard)
+    rows = checkpoint.read_rows(path, state.head.row_shard)
     checkpoint.load_head(state.head, state.head_optimizer, rows, int(record["numbers"]["optimizer_steps"]))
     load_loss_statistics(state.head, record)
     state.step, state.position = record["step"], Position(**record["position"])
