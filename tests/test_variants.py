@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.ranks import run_on_ranks
+from trainer.collectives import sum_over
 from trainer.distributed import World
 from trainer.fused import FusedCocoHead, drawn_classes
 from trainer.head import ClassShard, CocoHead, SoftmaxHead, initial_rows
@@ -148,7 +149,7 @@ def longhand(
         cosines = now["rows"][i]
         logits = {k: scale * c for k, c in cosines.items()}
         if case.loss == "curricularface":
-            t = 0.5 * now["t"] + 0.5 * sum(float(c) for c in own_cosines) / BATCH
+            t = 0.5 * now["t"] + 0.5 * sum(c.item() for c in own_cosines) / BATCH
             hard = scale * math.cos(math.acos(float(cosines[label])) + 0.3)
             logits = {k: z * (t + z / scale) if float(z) > hard else z for k, z in logits.items()}
         logits[label] = target_logit(case, cosines[label], scale)
@@ -165,7 +166,7 @@ def longhand(
             loss = -sum(wanted[k] * torch.log(torch.exp(z) / total) for k, z in logits.items() if wanted[k])
         losses.append(loss)
     if case.loss == "curricularface":
-        now["t"] = 0.5 * now["t"] + 0.5 * sum(float(c) for c in own_cosines) / BATCH
+        now["t"] = 0.5 * now["t"] + 0.5 * sum(c.item() for c in own_cosines) / BATCH
     return torch.stack(losses).mean()
 
 
@@ -259,6 +260,29 @@ def test_only_sampled_rows_move_and_evaluation_sees_all(row_type: torch.dtype) -
     assert moved.tolist() == drawn.tolist()
     assert 0 < drawn.sum() < NUM_CLASSES
     assert float(ranks[0][1]) > 0.0
+
+
+def norms_on_a_rank(world: World, name: str) -> list[tuple[float, float]]:
+    case = CASES.get(name, Case(loss=name))
+    head = head_of(case, "fused", world)
+    own = slice(world.rank * BATCH // world.size, (world.rank + 1) * BATCH // world.size)
+    found = []
+    for step in range(3):
+        embeddings_BD, labels_B = batch_of(step)
+        for part in range(1 + (case.sample_rate == 1.0)):  # micro-batches
+            embeddings_ND = (embeddings_BD[own] + part).requires_grad_()
+            (2.0 * head(embeddings_ND, labels_B[own]).loss).backward()
+        exact = float(sum_over(head.squared_norm(), world.group).sqrt())
+        found.append((head.norm_bound(), exact))
+        head.end_step()
+    return found
+
+
+@pytest.mark.parametrize("name", ["coco", "arcface", "magface", "adacos", "sub-centroids", "sampled"])
+def test_the_cheap_bound_of_the_gradient_is_never_below_it_nor_far_above(name: str) -> None:
+    for num_ranks in (1, 3):
+        for bound, exact in run_on_ranks(norms_on_a_rank, num_ranks, name)[0]:
+            assert exact <= bound < 8.0 * exact
 
 
 def unseen_on_a_rank(world: World, kind: str) -> list[int]:

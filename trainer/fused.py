@@ -41,6 +41,7 @@ _LOG2_E = math.log2(math.e)  # exp2 is 2.5 times as fast as exp on a CPU, and as
 _ROOM = 86.0  # exp of +- this is an ordinary float32
 HIGHEST_LOGIT = 128.0  # above about 160 the sums of ordinary features could underflow, which gives NaN
 _CLASSES_PER_KEY = 1 << 16
+_BOUND_ROUNDING = 1.02  # bfloat16 products round by up to 1/256
 _SHORTEST = 1e-12  # as in torch's normalize
 
 
@@ -83,6 +84,8 @@ class _Sums:
     """Of exponential times centroid."""
     highest_B: Tensor
     """The highest exponent."""
+    longest_inverse: Tensor
+    """1 / length of the shortest row."""
 
 
 @dataclass
@@ -95,6 +98,16 @@ class _Slopes:
     """dL/dcos of the target, without ``common``."""
     common: Tensor
     """What is taken from dL/dcos of every class, the target's too: label smoothing."""
+    norm_B: Tensor | None = None
+    """What the length of dL/dcos_i, over all classes of all ranks, does not exceed, if that is known."""
+    longest_inverse: Tensor | None = None
+    """1 / length of the shortest row of all ranks."""
+
+    def times(self, factor: Tensor) -> "_Slopes":
+        """Return the slopes of a loss so many times as large."""
+        norm_B = None if self.norm_B is None else self.norm_B * factor.abs()
+        common = self.common * factor
+        return _Slopes(self.weight_B * factor, self.slope_B * factor, common, norm_B, self.longest_inverse)
 
 
 class _Workspace:
@@ -220,7 +233,12 @@ class FusedCocoHead(CocoHead):
         return max(0.0, self.loss.highest_logit() + log_terms - _ROOM)
 
     def loss_of(
-        self, batch: _Batch, sums_B: Tensor, lengths_B: Tensor, direction_D: Tensor | None
+        self,
+        batch: _Batch,
+        sums_B: Tensor,
+        highest_B: Tensor,
+        lengths_B: Tensor,
+        direction_D: Tensor | None,
     ) -> tuple[Tensor, _Slopes, Tensor]:
         """Return the mean loss, its slopes in the cosines and, per image, in the length of the embedding.
 
@@ -248,8 +266,18 @@ class FusedCocoHead(CocoHead):
             slope_B, slope_of_length_B = torch.autograd.grad(
                 loss, (cosine_B, length_B), allow_unused=True, materialize_grads=True
             )
+        norm_B = None
+        if not (self.loss.is_unified or self.loss.needs_target_first or self.label_smoothing):
+            # sum_k e_k^2 <= (highest e) (sum_k e_k)
+            squared_B = weight_B.square() * self._highest(highest_B, batch) * sums_B
+            norm_B = (squared_B + slope_B.square()).sqrt()
         common = self.label_smoothing * self.loss.scale / (self.shard.num_classes * len(sums_B))
-        return loss.detach(), _Slopes(weight_B, slope_B, sums_B.new_tensor(common)), slope_of_length_B
+        slopes = _Slopes(weight_B, slope_B, sums_B.new_tensor(common), norm_B)
+        return loss.detach(), slopes, slope_of_length_B
+
+    def _highest(self, highest_B: Tensor, batch: _Batch) -> Tensor:
+        """Return the highest exponential of each image from its exponent."""
+        return torch.exp2(highest_B.double() - batch.shift * _LOG2_E)
 
     def _log(self, sums_B: Tensor) -> Tensor:
         """Return the logarithm; NaN, which ends the run, where exponentials below 1e-38 could be missed.
@@ -271,6 +299,7 @@ class FusedCocoHead(CocoHead):
         slope_B = torch.zeros_like(sums_B) if self.loss.learns and with_gradient else None
         direction_D = sums_B.new_zeros(features_BD.shape[1]) if self.label_smoothing else None
         num_kept = self._num_kept(len(features_BD)) if with_gradient else 0
+        high = 0
         self._is_kept |= with_gradient
         for number, (low, high) in enumerate(self.tiles(len(features_BD), batch.sampled)):
             rows_TD = self._rows(low, high, batch.sampled, work)
@@ -290,7 +319,8 @@ class FusedCocoHead(CocoHead):
                 self._add_product(gradient_BD, out_TB[: high - low].T, unit_TD, work.product_BD)
         if slope_B is not None and self.loss.learns == "scale":
             slope_B = (gradient_BD.double() * features_BD).sum(1)
-        return _Sums(sums_B, slope_B, direction_D, gradient_BD, highest_B)
+        longest_inverse = self._inverse_C1[:high].max()
+        return _Sums(sums_B, slope_B, direction_D, gradient_BD, highest_B, longest_inverse)
 
     def _exponentials(
         self,
@@ -379,6 +409,22 @@ class FusedCocoHead(CocoHead):
         """Return what turns exponentials into a gradient by one product, and the entries of the targets."""
         weighted_BD = (batch.features_BD * slopes.weight_B[:, None].float()).to(self.product_type)
         return weighted_BD, (slopes.slope_B / slopes.weight_B).to(self.product_type)
+
+    @torch.no_grad()
+    def norm_bound(self) -> float:
+        """Return a number that the length of the gradient over all ranks does not exceed.
+
+        |P^T F|^2 = sum_ij (P P^T)_ij (F F^T)_ij <= n^T |F F^T| n with n_i >= |P_i|, and the step from
+        centroids to rows divides by at least the shortest. Micro-batches add up.
+        """
+        total = 0.0
+        for batch, slopes in self._waiting:
+            if slopes.norm_B is None or slopes.longest_inverse is None:
+                return math.inf
+            alike_BB = (batch.features_BD @ batch.features_BD.T).abs_().double()
+            squared = slopes.norm_B @ alike_BB @ slopes.norm_B
+            total += float(slopes.longest_inverse * squared.sqrt())
+        return _BOUND_ROUNDING * total
 
     @torch.no_grad()
     def squared_norm(self) -> Tensor:
@@ -489,13 +535,17 @@ class _TwoPasses(torch.autograd.Function):
         if head.loss.needs_target_first:
             batch.targets_B = sum_over(batch.targets_B, head.group)
         sums = head.first_pass(batch, with_gradient)
-        finish_highest = start_max_over(sums.highest_B, head.group)
+        finish_highest = start_max_over(torch.cat([sums.highest_B, sums.longest_inverse.view(1)]), head.group)
         parts = {"sums": sums.sums_B, "slope": sums.slope_B, "direction": sums.direction_D}
         if not head.loss.needs_target_first:
             parts["targets"] = batch.targets_B
         total = _sum_together(parts, head.group)
         sums_B, batch.targets_B = total["sums"], total.get("targets", batch.targets_B)
-        loss, slopes, slope_of_length_B = head.loss_of(batch, sums_B, lengths_B, total.get("direction"))
+        highest_B, longest_inverse = finish_highest().split([len(sums_B), 1])
+        loss, slopes, slope_of_length_B = head.loss_of(
+            batch, sums_B, highest_B, lengths_B, total.get("direction")
+        )
+        slopes.longest_inverse = longest_inverse
         gradient_BD = sums.gradient_BD
         if with_gradient:
             head.mark_seen(labels_B)
@@ -508,7 +558,7 @@ class _TwoPasses(torch.autograd.Function):
                 gradient_BD.sub_((slopes.common * sums.direction_D).float())
             ctx.save_for_backward(gradient_BD, (slope_of_length_B * batch.is_own_B).to(lengths_B.dtype))
             ctx.head, ctx.batch, ctx.slopes = head, batch, slopes
-        others_B = finish_highest() / (head.loss.scale * _LOG2_E)
+        others_B = highest_B / (head.loss.scale * _LOG2_E)
         targets_B = batch.targets_B.float()
         ctx.mark_non_differentiable(targets_B, others_B)
         return loss.float(), targets_B, others_B
@@ -516,9 +566,7 @@ class _TwoPasses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         gradient_BD, slope_of_length_B = ctx.saved_tensors
-        slopes = ctx.slopes
-        slopes = _Slopes(slopes.weight_B * grad, slopes.slope_B * grad, slopes.common * grad)
-        ctx.head.wait_for_update(ctx.batch, slopes)
+        ctx.head.wait_for_update(ctx.batch, ctx.slopes.times(grad))
         return gradient_BD * grad, slope_of_length_B * grad, None, None
 
 

@@ -107,6 +107,10 @@ class DenseHead(nn.Module):
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
         return torch.stack(norms).square().sum()
 
+    def norm_bound(self) -> float:
+        """Return a number that the length of the gradient over all ranks does not exceed; cheap."""
+        return float("inf")
+
     @torch.no_grad()
     def update(self, optimizer: Optimizer, *, divisor: float, step: int) -> Tensor:
         """Divide the gradient by ``divisor`` and apply it; return its squared length before that."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from trainer.collectives import sum_over, undo_rank_average
+from trainer.collectives import max_over, sum_over, undo_rank_average
 from trainer.head import DenseHead
 from trainer.optimizer import set_learning_rate
 
@@ -50,7 +50,7 @@ class JointStep:
         self.engine, self.head, self.head_optimizer = engine, head, head_optimizer
         self.group, self.clip_norm, self.head_lr_multiplier = group, clip_norm, head_lr_multiplier
         self._zero = bool(engine.zero_optimization())
-        self._head_norm = 0.0  # what DeepSpeed's norm is completed with
+        self._is_finite, self._head_norm = True, 0.0  # what DeepSpeed's norm is completed with
         if self._zero:
             self._backbone_norm = engine.optimizer.scaled_global_norm
             engine.optimizer.scaled_global_norm = self._joint_norm
@@ -83,8 +83,10 @@ class JointStep:
         """ZeRO stage 0: the averaged gradients are in ``parameter.grad``; clip both parts here."""
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         backbone_norm = float(torch.nn.utils.get_total_norm(gradients))
-        norm = math.hypot(backbone_norm, self._norm_of_head_to_clip())
-        if not (is_finite and math.isfinite(norm)):
+        if not (is_finite and math.isfinite(backbone_norm)):
+            return backbone_norm, False
+        norm = math.hypot(backbone_norm, self._norm_of_head_to_clip(backbone_norm))
+        if not math.isfinite(norm):
             return norm, False
         divisor = self._clip_factor(norm)
         for gradient in gradients:
@@ -95,7 +97,7 @@ class JointStep:
     def _update_zero(self, is_finite: bool, step: int) -> tuple[float, bool]:
         """ZeRO stages 1 and 2: DeepSpeed clips or skips by the norm that ``_joint_norm`` completes."""
         scale = float(self.engine.optimizer.loss_scale)  # changes inside engine.step()
-        self._head_norm = self._norm_of_head_to_clip() if is_finite else math.inf
+        self._is_finite, self._head_norm = is_finite, 0.0
         self.engine.step()
         if not self.engine.was_step_applied():
             return math.inf, False
@@ -106,17 +108,27 @@ class JointStep:
     def _joint_norm(self, *args: Any, **kwargs: Any) -> Tensor:
         """Stand in for ZeRO's norm: backbone and head, in units of the scaled loss; inf if not finite."""
         own = torch.as_tensor(self._backbone_norm(*args, **kwargs))
-        if own < 0 or not math.isfinite(self._head_norm):  # DeepSpeed reports what is not finite as -1
+        # DeepSpeed reports what is not finite as -1; all ranks see the same number.
+        if not self._is_finite or own < 0 or not math.isfinite(float(own)):
             return torch.full_like(own, float("inf"))
+        self._head_norm = self._norm_of_head_to_clip(float(own), float(self.engine.optimizer.loss_scale))
         return (own**2 + self._head_norm**2).sqrt()
 
-    def _norm_of_head_to_clip(self) -> float:
+    def _norm_of_head_to_clip(self, backbone_norm: float, loss_scale: float = 1.0) -> float:
         """Return the length of the head's gradient over all ranks, in units of the scaled loss.
 
-        0 if nothing is clipped and the head would have to go through its rows once more to know it.
+        0 where it changes nothing: if nothing is clipped, or a cheap bound shows that nothing will be, and
+        the head would have to go through its rows once more to know it.
         """
-        asked = self.clip_norm or self.head.norm_is_cheap
-        return self._over_ranks(self.head.squared_norm()) if asked else 0.0
+        if not self.head.norm_is_cheap:
+            if not self.clip_norm:
+                return 0.0
+            longest = math.hypot(backbone_norm, self.head.norm_bound())
+            # Agreed upon: a rank that rounds otherwise must not wait alone in a collective.
+            may_clip = torch.tensor(float(longest >= self.clip_norm * loss_scale), device=self.engine.device)
+            if not max_over(may_clip, self.group):
+                return 0.0
+        return self._over_ranks(self.head.squared_norm())
 
     def _over_ranks(self, squared_norm: Tensor) -> float:
         return float(sum_over(squared_norm, self.group).sqrt())
