@@ -36,6 +36,23 @@ def test_float16_needs_a_zero_stage_that_scales_the_loss():
         check_across_fields(from_dict(tree(engine={"dtype": "float16", "zero_stage": stage})))
 
 
+@pytest.mark.parametrize(
+    ("loss", "head", "engine", "field"),
+    [
+        ({"name": "softmax", "label_smoothing": 0.1}, {}, {}, "loss.label_smoothing: 0.1 is not defined"),
+        ({"name": "normface", "label_smoothing": 0.1}, {}, {}, "loss.label_smoothing: 0.1 is not defined"),
+        ({"name": "softmax"}, {"sub_centroids": 2}, {}, "head.sub_centroids: 2 needs a loss of cosines"),
+        ({"label_smoothing": 0.1}, {"sub_centroids": 2}, {}, "head.sub_centroids: 2 needs a loss of cosines"),
+        ({}, {"sample_rate": 0.5, "update": "autograd"}, {}, "head.sample_rate: 0.5 needs head.update=fused"),
+        ({"name": "softmax"}, {"sample_rate": 0.5}, {}, "head.sample_rate: 0.5 needs a loss of cosines"),
+        ({}, {"sample_rate": 0.5}, {"accumulation_steps": 2}, "head.sample_rate: 0.5 needs engine.accum"),
+        ({}, {"side_stream": True}, {}, "head.side_stream: True needs optim.clip_norm=null, got 5.0"),
+    ],
+)
+def test_what_a_head_cannot_do_together_is_refused(loss, head, engine, field):
+    assert refusal(loss=loss, head=head, engine=engine).startswith(field)
+
+
 @pytest.mark.parametrize("name", ["mean", "std"])
 def test_pixel_statistics_have_one_number_or_one_per_channel(name):
     assert refusal(backbone={name: [0.5, 0.5]}) == f"backbone.{name}: has 2 numbers for 3 channels"

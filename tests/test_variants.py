@@ -17,10 +17,11 @@ from torch import Tensor
 from tests.ranks import run_on_ranks
 from trainer.collectives import sum_over
 from trainer.distributed import World
-from trainer.fused import FusedCocoHead, drawn_classes
+from trainer.fused import FusedCocoHead
 from trainer.head import ClassShard, CocoHead, SoftmaxHead, initial_rows
 from trainer.margins import build_margin
 from trainer.optimizer import allocate_state
+from trainer.passes import drawn_classes
 
 NUM_CLASSES, DIM, BATCH, STEPS, SCALE, RATE = 23, 6, 12, 4, 9.0, 0.2
 
@@ -185,7 +186,7 @@ def expected(name: str) -> list[Tensor]:
     losses, gradients = [], []
     for step in range(STEPS):
         embeddings_BD, labels_B = batch_of(step)
-        drawn = drawn_classes(3, step, ClassShard(0, NUM_CLASSES, NUM_CLASSES), case.sample_rate)
+        drawn = drawn_classes(3, step, 0, NUM_CLASSES, case.sample_rate)
         now |= {"rows": [], "taking_part": {*drawn.nonzero()[0].tolist(), *labels_B.tolist()}}
         rows, embeddings_BD = rows.detach().requires_grad_(), embeddings_BD.double().requires_grad_()
         now["scale"], now["bias"] = (now[key].detach().requires_grad_() for key in ("scale", "bias"))
@@ -228,12 +229,12 @@ def test_the_learned_numbers_have_moved() -> None:
 
 
 def test_a_sample_is_a_function_of_seed_step_and_class() -> None:
-    whole = drawn_classes(1, 5, ClassShard(0, 200_000, 200_000), 0.1)
+    whole = drawn_classes(1, 5, 0, 200_000, 0.1)
     assert abs(whole.mean() - 0.1) < 0.003
-    part = drawn_classes(1, 5, ClassShard(65_000, 140_001, 200_000), 0.1)
+    part = drawn_classes(1, 5, 65_000, 140_001, 0.1)
     assert (part == whole[65_000:140_001]).all()
-    assert (drawn_classes(1, 6, ClassShard(0, 200_000, 200_000), 0.1) != whole).any()
-    assert (drawn_classes(2, 5, ClassShard(0, 200_000, 200_000), 0.1) != whole).any()
+    assert (drawn_classes(1, 6, 0, 200_000, 0.1) != whole).any()
+    assert (drawn_classes(2, 5, 0, 200_000, 0.1) != whole).any()
 
 
 def rows_after_sampled_steps(world: World, row_type: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -255,11 +256,34 @@ def rows_after_sampled_steps(world: World, row_type: torch.dtype) -> tuple[Tenso
 def test_only_sampled_rows_move_and_evaluation_sees_all(row_type: torch.dtype) -> None:
     ranks = run_on_ranks(rows_after_sampled_steps, 2, row_type)
     moved = torch.cat([moved for moved, _ in ranks])
-    drawn = torch.from_numpy(drawn_classes(3, 0, ClassShard(0, NUM_CLASSES, NUM_CLASSES), 0.3))
+    drawn = torch.from_numpy(drawn_classes(3, 0, 0, NUM_CLASSES, 0.3))
     drawn[batch_of(0)[1]] = True
     assert moved.tolist() == drawn.tolist()
     assert 0 < drawn.sum() < NUM_CLASSES
     assert float(ranks[0][1]) > 0.0
+
+
+def rows_of_early_updates(world: World, early: bool) -> list[Tensor]:
+    head = head_of(Case(loss="arcface", numbers={"margin": 0.3}), "fused", world)
+    optimizer = torch.optim.SGD(head.parameters(), lr=RATE, momentum=0.9)
+    allocate_state(optimizer)
+    norms = []
+    for step in range(3):
+        embeddings_BD, labels_B = batch_of(step)
+        loss = head.of_embeddings(embeddings_BD.requires_grad_(), labels_B).loss
+        before = head.centroids_CD.detach().clone()
+        if early and step != 1:
+            head.update_in_backward(optimizer, step)
+        loss.backward()
+        assert torch.equal(before, head.centroids_CD) != (early and step != 1)
+        norms.append(head.update(optimizer, divisor=1.0, step=step))
+        head.end_step()
+    return [head.centroids_CD.detach(), *norms]
+
+
+def test_an_update_within_the_backward_pass_is_the_same_update() -> None:
+    for late, early in zip(*(run_on_ranks(rows_of_early_updates, 2, early) for early in (0, 1)), strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(late, early, strict=True))
 
 
 def norms_on_a_rank(world: World, name: str) -> list[tuple[float, float]]:

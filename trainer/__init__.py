@@ -32,6 +32,7 @@ level 1
     config         every option of a run: typed, checked, documented once [pydantic]
     distributed    which rank am I, on which device, with whom [torch.distributed]
     margins        softmax losses of cosines: what each changes in the COCO loss
+    passes         what the two passes of the fused head hand to each other, and their buffers
     rows           one optimizer step on some rows of a matrix, stored in bfloat16 if asked
     batchnorm      batch norm over the images of all ranks
     metrics        how good features are: accuracy, verification, identification

@@ -175,6 +175,10 @@ class HeadConfig:
     optimizer: Literal["same", "sgd", "adamw", "row_adagrad"] = "same"
     """Optimizer of the rows: as the backbone's, or another. `row_adagrad` keeps one number per class."""
 
+    side_stream: bool = False
+    """Second pass of the fused head beside the backward pass of the backbone, in a stream of its own. Needs
+    `optim.clip_norm=null` and one micro-batch. Not run on a GPU yet, where alone it could save time."""
+
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     """Rows and their optimizer state in memory. `bfloat16` (fused only) halves them, rounded at random."""
 
@@ -400,6 +404,17 @@ def _check_variants(config: Config) -> None:
         raise UserError(
             f"head.sub_centroids: {head.sub_centroids} needs a loss of cosines without label smoothing"
         )
+    if head.side_stream:
+        others: dict[str, tuple[Any, Any]] = {
+            "head.update": (head.update, "fused"),
+            "optim.clip_norm": (config.optim.clip_norm, None),
+            "engine.accumulation_steps": (config.engine.accumulation_steps, 1),
+        }
+        _require(f"head.side_stream: {head.side_stream}", others)
+        if config.engine.dtype == "float16":
+            raise UserError(
+                "head.side_stream: true needs another engine.dtype than float16, whose loss is scaled"
+            )
     if head.sample_rate < 1.0:
         others = {
             "head.update": (head.update, "fused"),
@@ -407,8 +422,13 @@ def _check_variants(config: Config) -> None:
             "loss.label_smoothing": (loss.label_smoothing, 0.0),
             "engine.accumulation_steps": (config.engine.accumulation_steps, 1),
         }
-        for field, (value, needed) in others.items():
-            if value != needed:
-                raise UserError(f"head.sample_rate: {head.sample_rate} needs {field}={needed}, got {value}")
+        _require(f"head.sample_rate: {head.sample_rate}", others)
         if loss.name == "softmax":
             raise UserError(f"head.sample_rate: {head.sample_rate} needs a loss of cosines")
+
+
+def _require(what: str, others: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raise UserError for the first of other fields, name -> (value, needed), that does not fit."""
+    for field, (value, needed) in others.items():
+        if value != needed:
+            raise UserError(f"{what} needs {field}={'null' if needed is None else needed}, got {value}")

@@ -21,10 +21,8 @@ Legend: N images of this rank, B of all, C classes of this rank, K of all, D wid
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,105 +32,14 @@ from torch.optim import Optimizer
 from trainer.collectives import start_max_over, sum_over
 from trainer.head import ClassShard, CocoHead, HeadOutput
 from trainer.margins import CosineSoftmax
-from trainer.order import fold
+from trainer.passes import PassBatch, Slopes, Sums, Workspace, drawn_classes
 from trainer.rows import RowUpdate
 
 _LOG2_E = math.log2(math.e)  # exp2 is 2.5 times as fast as exp on a CPU, and as exact
 _ROOM = 86.0  # exp of +- this is an ordinary float32
 HIGHEST_LOGIT = 128.0  # above about 160 the sums of ordinary features could underflow, which gives NaN
-_CLASSES_PER_KEY = 1 << 16
 _BOUND_ROUNDING = 1.02  # bfloat16 products round by up to 1/256
 _SHORTEST = 1e-12  # as in torch's normalize
-
-
-@dataclass
-class _Batch:
-    """What the passes need to know of a (micro-)batch."""
-
-    features_BD: Tensor
-    scaled_BD: Tensor
-    """Features times what makes an exponent of a cosine, in the type of the products."""
-    places_B: Tensor
-    """The target's row of this rank; outside of its rows if another rank holds it."""
-    barred_BS: Tensor
-    """All rows of the target's class: more than one with sub-centroids."""
-    columns_B: Tensor
-    """0..B-1."""
-    is_own_B: Tensor
-    """Whether this rank holds the target."""
-    targets_B: Tensor
-    """Cosine of the target, the same on every rank."""
-    shift: float
-    """What the exponents are lowered by; 0 unless the scale is large."""
-    sampled: Tensor | None
-    """The rows of this rank that take part, if not all do."""
-    kept: list[Tensor] = field(default_factory=list)
-    """The exponentials of the first tiles."""
-
-
-@dataclass
-class _Sums:
-    """What the first pass adds up over the rows of this rank."""
-
-    sums_B: Tensor
-    """Of the exponentials (or of a unified loss' terms); float64, as the next two."""
-    slope_B: Tensor | None
-    """Of what ``loss.learn`` needs: exponential times cosine, or the terms' derivative."""
-    direction_D: Tensor | None
-    """Of the centroids, for label smoothing."""
-    gradient_BD: Tensor
-    """Of exponential times centroid."""
-    highest_B: Tensor
-    """The highest exponent."""
-    longest_inverse: Tensor
-    """1 / length of the shortest row."""
-
-
-@dataclass
-class _Slopes:
-    """The gradient of a batch's loss in its cosines."""
-
-    weight_B: Tensor
-    """dL/dcos_ik = weight_i e_ik for every class k but the target."""
-    slope_B: Tensor
-    """dL/dcos of the target, without ``common``."""
-    common: Tensor
-    """What is taken from dL/dcos of every class, the target's too: label smoothing."""
-    norm_B: Tensor | None = None
-    """What the length of dL/dcos_i, over all classes of all ranks, does not exceed, if that is known."""
-    longest_inverse: Tensor | None = None
-    """1 / length of the shortest row of all ranks."""
-
-    def times(self, factor: Tensor) -> "_Slopes":
-        """Return the slopes of a loss so many times as large."""
-        norm_B = None if self.norm_B is None else self.norm_B * factor.abs()
-        common = self.common * factor
-        return _Slopes(self.weight_B * factor, self.slope_B * factor, common, norm_B, self.longest_inverse)
-
-
-class _Workspace:
-    """Buffers of one tile, allocated once: fresh memory costs a CPU as much as the arithmetic on it."""
-
-    def __init__(self, rows: int, batch: int, dim: int, product_type: torch.dtype, device: torch.device):
-        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        self.nothing = torch.tensor(-torch.inf, device=device)  # the logit of a class that does not count
-        self._kept: list[Tensor] = []
-        self.unit_TD = empty(rows, dim, dtype=product_type)
-        self.rows_TD, self.gradient_TD, self.scratch_TD = (empty(rows, dim) for _ in range(3))
-        # One row more than a tile has: targets that are elsewhere are written there.
-        self.e_TB = empty(rows + 1, batch)
-        is_float32 = product_type == torch.float32
-        self.product_TB = self.e_TB if is_float32 else empty(rows + 1, batch, dtype=product_type)
-        self.product_BD = empty(batch, dim, dtype=product_type)
-        self.product_TD = self.gradient_TD if is_float32 else empty(rows, dim, dtype=product_type)
-
-    def buffer_to_keep(self, number: int, rows: int) -> Tensor:
-        """Return the buffer of a tile's exponentials that lasts until the second pass."""
-        if number == len(self._kept):
-            self._kept.append(torch.empty_like(self.product_TB))
-        return self._kept[number][: rows + 1]
 
 
 class FusedCocoHead(CocoHead):
@@ -173,9 +80,12 @@ class FusedCocoHead(CocoHead):
         self.product_type, self.tile_rows, self.cache_bytes = product_type, tile_rows, cache_bytes
         self.seed = seed
         self._row_update: RowUpdate | None = None
+        self._early: tuple[Optimizer, int] | None = None
+        self._early_norm: Tensor | None = None
+        self._side_stream: torch.Stream | None = None
         self._is_kept = False  # whether a batch of this step has its exponentials in the buffers
-        self._waiting: list[tuple[_Batch, _Slopes]] = []
-        self._workspaces: dict[int, _Workspace] = {}
+        self._waiting: list[tuple[PassBatch, Slopes]] = []
+        self._workspaces: dict[int, Workspace] = {}
         self.register_buffer("_inverse_C1", torch.empty(len(self.row_shard), 1), persistent=False)
 
     def of_features(self, features_BD: Tensor, lengths_B: Tensor, labels_B: Tensor) -> HeadOutput:
@@ -188,7 +98,7 @@ class FusedCocoHead(CocoHead):
 
     # ------------------------------------------------------------------------------------- first pass
 
-    def prepare(self, features_BD: Tensor, labels_B: Tensor, with_gradient: bool) -> tuple[_Batch, Tensor]:
+    def prepare(self, features_BD: Tensor, labels_B: Tensor, with_gradient: bool) -> tuple[PassBatch, Tensor]:
         """Return the batch, and the targets' centroids where this rank holds them (B x D, else any)."""
         places_B = labels_B - self.shard.start
         is_own_B = (places_B >= 0) & (places_B < len(self.shard))
@@ -203,7 +113,7 @@ class FusedCocoHead(CocoHead):
         if sampled is not None:
             position_B = torch.searchsorted(sampled, own_B)
             barred_BS = torch.where(is_own_B, position_B, -1)[:, None]
-        batch = _Batch(
+        batch = PassBatch(
             features_BD=features_BD,
             scaled_BD=(features_BD * (self.loss.scale * _LOG2_E)).to(self.product_type),
             places_B=barred_BS.take_along_dim(winner_B[:, None], 1).squeeze(1),
@@ -221,7 +131,9 @@ class FusedCocoHead(CocoHead):
 
         Whether a class is drawn is a function of (seed, step, class), whoever holds it.
         """
-        drawn = torch.from_numpy(drawn_classes(self.seed, self.step, self.shard, self.sample_rate))
+        drawn = torch.from_numpy(
+            drawn_classes(self.seed, self.step, self.shard.start, self.shard.stop, self.sample_rate)
+        )
         drawn = drawn.to(labels_B.device)
         places_B = labels_B - self.shard.start
         drawn[places_B[(places_B >= 0) & (places_B < len(self.shard))]] = True
@@ -234,12 +146,12 @@ class FusedCocoHead(CocoHead):
 
     def loss_of(
         self,
-        batch: _Batch,
+        batch: PassBatch,
         sums_B: Tensor,
         highest_B: Tensor,
         lengths_B: Tensor,
         direction_D: Tensor | None,
-    ) -> tuple[Tensor, _Slopes, Tensor]:
+    ) -> tuple[Tensor, Slopes, Tensor]:
         """Return the mean loss, its slopes in the cosines and, per image, in the length of the embedding.
 
         All in float64, the same on every rank; communicates nothing.
@@ -272,10 +184,10 @@ class FusedCocoHead(CocoHead):
             squared_B = weight_B.square() * self._highest(highest_B, batch) * sums_B
             norm_B = (squared_B + slope_B.square()).sqrt()
         common = self.label_smoothing * self.loss.scale / (self.shard.num_classes * len(sums_B))
-        slopes = _Slopes(weight_B, slope_B, sums_B.new_tensor(common), norm_B)
+        slopes = Slopes(weight_B, slope_B, sums_B.new_tensor(common), norm_B)
         return loss.detach(), slopes, slope_of_length_B
 
-    def _highest(self, highest_B: Tensor, batch: _Batch) -> Tensor:
+    def _highest(self, highest_B: Tensor, batch: PassBatch) -> Tensor:
         """Return the highest exponential of each image from its exponent."""
         return torch.exp2(highest_B.double() - batch.shift * _LOG2_E)
 
@@ -290,7 +202,7 @@ class FusedCocoHead(CocoHead):
         lowest = self.shard.num_classes * math.exp(15.0 - _ROOM)
         return sums_B.log().masked_fill(sums_B < lowest, torch.nan)
 
-    def first_pass(self, batch: _Batch, with_gradient: bool) -> _Sums:
+    def first_pass(self, batch: PassBatch, with_gradient: bool) -> Sums:
         """Return the sums over this rank's rows."""
         features_BD, work = batch.features_BD, self._workspace(len(batch.features_BD))
         sums_B = features_BD.new_zeros(len(features_BD), dtype=torch.float64)
@@ -320,14 +232,14 @@ class FusedCocoHead(CocoHead):
         if slope_B is not None and self.loss.learns == "scale":
             slope_B = (gradient_BD.double() * features_BD).sum(1)
         longest_inverse = self._inverse_C1[:high].max()
-        return _Sums(sums_B, slope_B, direction_D, gradient_BD, highest_B, longest_inverse)
+        return Sums(sums_B, slope_B, direction_D, gradient_BD, highest_B, longest_inverse)
 
     def _exponentials(
         self,
         unit_TD: Tensor,
         low: int,
-        batch: _Batch,
-        work: _Workspace,
+        batch: PassBatch,
+        work: Workspace,
         out_TB: Tensor,
         highest_B: Tensor | None = None,
     ) -> Tensor:
@@ -405,7 +317,7 @@ class FusedCocoHead(CocoHead):
             gradient_TD.addcmul_(rows_TD, radial_T1.mul_(inverse_T1.square()), value=-1.0)
             yield low, high, rows_TD, gradient_TD.mul_(inverse_T1)
 
-    def _factors(self, batch: _Batch, slopes: _Slopes) -> tuple[Tensor, Tensor]:
+    def _factors(self, batch: PassBatch, slopes: Slopes) -> tuple[Tensor, Tensor]:
         """Return what turns exponentials into a gradient by one product, and the entries of the targets."""
         weighted_BD = (batch.features_BD * slopes.weight_B[:, None].float()).to(self.product_type)
         return weighted_BD, (slopes.slope_B / slopes.weight_B).to(self.product_type)
@@ -441,6 +353,14 @@ class FusedCocoHead(CocoHead):
         ``step``, from 0, selects the random bits that round rows in bfloat16. Returns the squared length of
         the gradient (float64), of this rank's rows and before the division.
         """
+        if self._early_norm is not None:
+            if self._side_stream is not None:
+                torch.accelerator.current_stream().wait_stream(self._side_stream)
+            assert divisor == 1.0
+            return self._early_norm
+        return self._second_pass(optimizer, divisor, step)
+
+    def _second_pass(self, optimizer: Optimizer, divisor: float, step: int) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.centroids_CD.device)
         if self._row_update is None or self._row_update.optimizer is not optimizer:
             rows = self.centroids_CD
@@ -455,15 +375,34 @@ class FusedCocoHead(CocoHead):
             self._row_update.apply(which, rows_TD, gradient_TD)
         return total
 
-    def wait_for_update(self, batch: _Batch, slopes: _Slopes) -> None:
+    def wait_for_update(self, batch: PassBatch, slopes: Slopes) -> None:
         """Add a batch to those of the next ``update``; called by the backward pass."""
         self._waiting.append((batch, slopes))
+        if self._early is None:
+            return
+        if self.centroids_CD.device.type == "cpu":
+            self._early_norm = self._second_pass(self._early[0], 1.0, self._early[1])
+            return
+        if self._side_stream is None:
+            self._side_stream = torch.Stream(self.centroids_CD.device)
+        self._side_stream.wait_stream(torch.accelerator.current_stream())
+        with self._side_stream:
+            self._early_norm = self._second_pass(self._early[0], 1.0, self._early[1])
+
+    def update_in_backward(self, optimizer: Optimizer, step: int) -> None:
+        """Apply the next batch when its backward pass begins, with nothing to divide by.
+
+        On an accelerator in a stream of its own, beside the backward pass of the backbone; what it reads
+        lives until ``end_step``. On CPU it only changes the order of things.
+        """
+        self._early = (optimizer, step)
 
     def end_step(self, applied: bool = True) -> None:
         """Drop the batches that wait: they were used, or the step was skipped."""
         super().end_step(applied)
         self._waiting.clear()
         self._is_kept = False
+        self._early = self._early_norm = None
 
     # ------------------------------------------------------------------------------------------ tiles
 
@@ -483,22 +422,22 @@ class FusedCocoHead(CocoHead):
         rows = self.tile_rows or 1 << max(6, int(math.log2(numbers / (self.centroids_CD.shape[1] + batch))))
         return max(1, rows // self.sub_centroids) * self.sub_centroids
 
-    def _workspace(self, batch: int) -> _Workspace:
+    def _workspace(self, batch: int) -> Workspace:
         if batch not in self._workspaces:
             self._workspaces.clear()  # an evaluation may come with other sizes
             rows = min(self.rows_of_tile(batch), len(self.row_shard))
             dim, device = self.centroids_CD.shape[1], self.centroids_CD.device
-            self._workspaces[batch] = _Workspace(rows, batch, dim, self.product_type, device)
+            self._workspaces[batch] = Workspace(rows, batch, dim, self.product_type, device)
         return self._workspaces[batch]
 
-    def _rows(self, low: int, high: int, sampled: Tensor | None, work: _Workspace) -> Tensor:
+    def _rows(self, low: int, high: int, sampled: Tensor | None, work: Workspace) -> Tensor:
         """Return the rows of a tile as float32: themselves if they are, and are not a sample."""
         if sampled is not None:
             return work.rows_TD[: high - low].copy_(self.centroids_CD[sampled[low:high]])
         rows_TD = self.centroids_CD[low:high]
         return rows_TD if rows_TD.dtype == torch.float32 else work.rows_TD[: high - low].copy_(rows_TD)
 
-    def _unit(self, rows_TD: Tensor, inverse_T1: Tensor, work: _Workspace) -> Tensor:
+    def _unit(self, rows_TD: Tensor, inverse_T1: Tensor, work: Workspace) -> Tensor:
         """Return the centroids c = w / |w| of a tile in the type of the products."""
         unit_TD = work.unit_TD[: len(rows_TD)]
         if unit_TD.dtype == torch.float32:
@@ -575,18 +514,3 @@ def _sum_together(parts: dict[str, Tensor | None], group: ProcessGroup) -> dict[
     given = {name: part for name, part in parts.items() if part is not None}
     total = sum_over(torch.cat(list(given.values())), group)
     return dict(zip(given, total.split([len(part) for part in given.values()]), strict=True))
-
-
-def drawn_classes(seed: int, step: int, shard: ClassShard, rate: float) -> np.ndarray:
-    """Return which classes of a shard are drawn, each with probability ``rate``.
-
-    A function of (seed, step, class), whoever holds the class.
-    """
-    drawn = np.empty(len(shard), dtype=bool)
-    first = shard.start - shard.start % _CLASSES_PER_KEY
-    for start in range(first, shard.stop, _CLASSES_PER_KEY):
-        generator = np.random.Generator(np.random.Philox(key=[fold(seed, step), start // _CLASSES_PER_KEY]))
-        block = generator.random(_CLASSES_PER_KEY, dtype=np.float32) < rate
-        low, high = max(start, shard.start), min(start + _CLASSES_PER_KEY, shard.stop)
-        drawn[low - shard.start : high - shard.start] = block[low - start : high - start]
-    return drawn

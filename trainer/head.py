@@ -111,6 +111,9 @@ class DenseHead(nn.Module):
         """Return a number that the length of the gradient over all ranks does not exceed; cheap."""
         return float("inf")
 
+    def update_in_backward(self, optimizer: Optimizer, step: int) -> None:
+        """Allow the next batch to be applied as it is by its backward pass; ``update`` follows as ever."""
+
     @torch.no_grad()
     def update(self, optimizer: Optimizer, *, divisor: float, step: int) -> Tensor:
         """Divide the gradient by ``divisor`` and apply it; return its squared length before that."""

@@ -46,9 +46,11 @@ class JointStep:
         group: ProcessGroup,
         clip_norm: float | None,
         head_lr_multiplier: float,
+        side_stream: bool = False,
     ) -> None:
         self.engine, self.head, self.head_optimizer = engine, head, head_optimizer
         self.group, self.clip_norm, self.head_lr_multiplier = group, clip_norm, head_lr_multiplier
+        self.side_stream = side_stream
         self._zero = bool(engine.zero_optimization())
         self._is_finite, self._head_norm = True, 0.0  # what DeepSpeed's norm is completed with
         if self._zero:
@@ -68,6 +70,8 @@ class JointStep:
         for images, labels in zip(images_NCHW.chunk(accumulation), labels_N.chunk(accumulation), strict=True):
             embeddings_ND = undo_rank_average(self.engine(images), self.group)
             output = self.head(embeddings_ND, labels)
+            if self.side_stream and math.isfinite(float(output.loss.detach())):
+                self.head.update_in_backward(self.head_optimizer, step)
             self.engine.backward(output.loss)
             outputs.append({"loss": output.loss.detach(), **output.metrics})
             if len(outputs) < accumulation:

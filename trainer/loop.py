@@ -115,6 +115,7 @@ def build_step(state: TrainState, config: Config, world: World) -> JointStep:
         group=world.group,
         clip_norm=config.optim.clip_norm,
         head_lr_multiplier=config.head.lr_multiplier,
+        side_stream=config.head.side_stream,
     )
 
 

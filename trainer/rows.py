@@ -94,7 +94,7 @@ class RowUpdate:
                 state[name][rows] = value
 
     def _as_float32(self, number: int, values: Tensor) -> Tensor:
-        """Return the values themselves if they are float32, else in a buffer that lasts: as in _Workspace."""
+        """Return the values themselves if they are float32, else in a buffer that lasts: as in Workspace."""
         if values.dtype == torch.float32:
             return values
         if number == len(self._buffers):
