@@ -17,7 +17,8 @@ from launch._main import run
 def main() -> None:
     """Read the command line, print the plan."""
     options = build_parser().parse_args()
-    from trainer.plan import Job, check_gpu, count_backbone, plan, read_profile, table  # torch: 5 s
+    from trainer.headcost import read_profile
+    from trainer.plan import Job, check_gpu, count_backbone, plan, table  # torch: 5 s
 
     check_gpu(options.gpu)
     job = Job(

@@ -20,13 +20,12 @@ from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.fused import FusedCocoHead
 from trainer.head import ClassShard
+from trainer.headcost import HeadSpeed, HeadWork, read_profile
+from trainer.machines import GPUS
 from trainer.margins import CosineSoftmax
 from trainer.optimizer import allocate_state, build_optimizer
 from trainer.plan import (
-    GPUS,
     BackboneCost,
-    HeadSpeed,
-    HeadWork,
     Job,
     advice,
     available_bytes,
@@ -35,7 +34,6 @@ from trainer.plan import (
     largest_classes,
     memory,
     plan,
-    read_profile,
     seconds,
     table,
     traffic,
@@ -57,6 +55,7 @@ def test_bytes_of_the_head_are_those_counted_by_hand():
         "rows": 501 * 8 * 4,
         "row_optimizer_state": 501 * 8 * 4,
         "inverse_lengths": 501 * 4,
+        "last_seen": 501 * 4,
         "tile": 4 * 501 * 8 * 4 + 502 * 4 * 4 + 4 * 8 * 4,  # unit, rows, gradient, scratch; e; B x D
         "kept_exponentials": 0,
         "gathered_features": 4 * 11 * 4 + 4 * 8 * (4 + 4 + 4 + 16),
@@ -130,6 +129,7 @@ def real_bytes(world: World, work: HeadWork) -> dict[str, int]:
             [x for x in optimizer.state[head.centroids_CD].values() if x.ndim]
         ),
         "inverse_lengths": storage_bytes([head._inverse_C1]),
+        "last_seen": storage_bytes([head.last_seen_C]),
         "tile": storage_bytes([*tile, *noise, *update._buffers]),
         "kept_exponentials": storage_bytes(workspace._kept),
     }

@@ -33,6 +33,7 @@ level 1
     distributed    which rank am I, on which device, with whom [torch.distributed]
     margins        softmax losses of cosines: what each changes in the COCO loss
     passes         what the two passes of the fused head hand to each other, and their buffers
+    headcost       what a step of the fused head costs, from its shapes and a speed
     rows           one optimizer step on some rows of a matrix, stored in bfloat16 if asked
     batchnorm      batch norm over the images of all ranks
     metrics        how good features are: accuracy, verification, identification
@@ -42,6 +43,7 @@ level 0
     collectives    every tensor that travels between ranks in a step, with its gradient [torch.distributed]
     augment        from the bytes of an image to the tensor that is sent to the device
     order          in which order samples are seen: a function of seed and epoch
+    machines       accelerators by their data sheets
     networks       networks of the papers that timm does not have
     scale          the scale alpha of the cosine softmax: its rules
     schedule       the learning rate by step

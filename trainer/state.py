@@ -112,7 +112,7 @@ def head_bytes(config: Config, num_rows: int, dim: int) -> int:
     if config.loss.name == "softmax" or config.head.update == "autograd":
         matrices += 1
     row_bytes = matrices * dim * getattr(torch, config.head.state_dtype).itemsize + 4
-    return num_rows * config.head.sub_centroids * row_bytes
+    return num_rows * (config.head.sub_centroids * row_bytes + 4)
 
 
 def save(state: TrainState, config: Config, checkpoints: Checkpoints, fingerprint: str) -> None:
