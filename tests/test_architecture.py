@@ -1,6 +1,7 @@
 """The shape of the code base: who imports whom, which doors exist, and that importing starts nothing."""
 
 import ast
+import graphlib
 import importlib.machinery
 import os
 import re
@@ -14,9 +15,14 @@ import pytest
 import trainer
 
 REPOSITORY = Path(__file__).parents[1]
-MODULES = {path.stem: path for path in sorted((REPOSITORY / "trainer").glob("[!_]*.py"))}
+# A folder with files is one module: it has one place in the drawing, whatever its files import of each other.
+MODULES = {path.stem: [path] for path in sorted((REPOSITORY / "trainer").glob("[!_]*.py"))} | {
+    init.parent.name: sorted(init.parent.glob("*.py"))
+    for init in sorted((REPOSITORY / "trainer").glob("*/__init__.py"))
+}
+FILES = [path for paths in MODULES.values() for path in paths]
 LAUNCHERS = sorted((REPOSITORY / "launch").glob("*.py"))
-SOURCES = [*MODULES.values(), *LAUNCHERS]
+SOURCES = [*FILES, *LAUNCHERS]
 
 DOORS = {
     "deepspeed": {"engine"},
@@ -62,15 +68,20 @@ def imports(path: Path) -> Iterator[tuple[str, str | None]]:
                 yield alias.name, None
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Return which modules of ``trainer`` a file imports."""
+def imported_modules(name: str) -> set[str]:
+    """Return which other modules of ``trainer`` a module imports."""
     found = set()
-    for module, name in imports(path):
-        if module == "trainer" and name is not None:
-            found.add(name)
+    for module, imported in (pair for path in MODULES[name] for pair in imports(path)):
+        if module == "trainer" and imported is not None:
+            found.add(imported)
         elif module.startswith("trainer."):
             found.add(module.split(".")[1])
-    return found
+    return found - {name}
+
+
+def module_of(path: Path) -> str:
+    """Return the module of ``trainer`` that a file is part of; "" for an entry point."""
+    return next((name for name, paths in MODULES.items() if path in paths), "")
 
 
 def test_the_drawing_shows_every_module_and_no_other():
@@ -80,19 +91,29 @@ def test_the_drawing_shows_every_module_and_no_other():
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_imports_only_modules_of_lower_levels(name):
     levels = {module: level for module, (level, _) in drawing().items()}
-    upward = {other for other in imported_modules(MODULES[name]) if levels[other] >= levels[name]}
+    upward = {other for other in imported_modules(name) if levels[other] >= levels[name]}
     assert not upward, f"{name} (level {levels[name]}) imports {upward}"
 
 
+@pytest.mark.parametrize("name", [name for name, paths in MODULES.items() if len(paths) > 1])
+def test_the_files_of_a_folder_import_each_other_in_one_direction(name):
+    prefix = f"trainer.{name}."
+    graph = {
+        path.stem: {module.removeprefix(prefix) for module, _ in imports(path) if module.startswith(prefix)}
+        for path in MODULES[name]
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
 def test_the_library_does_not_know_its_entry_points():
-    for path in MODULES.values():
+    for path in FILES:
         assert not any(module.split(".")[0] == "launch" for module, _ in imports(path)), path
 
 
 @pytest.mark.parametrize("package", DOORS)
 def test_a_heavy_package_has_one_door(package):
     for path in SOURCES:
-        if path.stem in DOORS[package] and path.parent.name == "trainer":
+        if module_of(path) in DOORS[package]:
             continue
         for module, name in imports(path):
             whole = f"{module}.{name}" if name else module
@@ -104,7 +125,8 @@ def test_a_heavy_package_has_one_door(package):
 def test_a_door_is_used_and_drawn(package):
     users = {
         name
-        for name, path in MODULES.items()
+        for name, paths in MODULES.items()
+        for path in paths
         for module, imported in imports(path)
         if (f"{module}.{imported}." if imported else module + ".").startswith(package + ".")
         and imported not in TYPES.get(module, ())
@@ -117,7 +139,9 @@ def test_torch_distributed_is_not_reached_through_torch_either():
     """`torch.distributed.barrier()` needs no import of its own."""
     for path in SOURCES:
         reached = [n for n in nodes(path) if isinstance(n, ast.Attribute) and n.attr == "distributed"]
-        assert not reached or path.stem in DOORS["torch.distributed"], f"{path.name}:{reached[0].lineno}"
+        assert not reached or module_of(path) in DOORS["torch.distributed"], (
+            f"{path.name}:{reached[0].lineno}"
+        )
 
 
 @pytest.mark.parametrize("name", ["head", "collectives", "metrics"])
@@ -126,7 +150,7 @@ def test_mathematics_knows_neither_configuration_nor_deepspeed(name):
     while waiting:
         module = waiting.pop()
         seen.add(module)
-        waiting |= imported_modules(MODULES[module]) - seen
+        waiting |= imported_modules(module) - seen
     assert not seen & {"config", "options", "engine"}
 
 
@@ -175,7 +199,7 @@ def test_a_module_says_why_it_exists_and_is_ascii(path):
 
 def test_one_module_names_a_kind_of_accelerator():
     for path in SOURCES:
-        if path == MODULES["distributed"]:
+        if module_of(path) == "distributed":
             continue
         for node in nodes(path):
             text = ""

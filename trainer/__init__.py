@@ -12,6 +12,8 @@ level 4
     state          all that changes while training: built, saved, restored
     benchmark      what the head costs on this machine, in time and memory
 level 3
+    packing        from a source to a finished data set: in several processes, resumable
+    check          is a packed data set what its index says, to the last pixel?
     fused          the head at its limit: no logits, no normalised copy, no dense gradient
     plan           memory, traffic and time for K classes on N GPUs, before renting them
     textbook       the class-parallel head as usually written: what the benchmark compares with
@@ -21,6 +23,7 @@ level 3
     evaluate       a model on test sets: all ranks embed, all share the comparisons
     log            what a run tells: console, metrics.jsonl, log.txt and W&B [wandb]
 level 2
+    sources        where images come from before they are packed: one file per family of data sets
     head           the class-parallel head: exact softmax over rows cut over the ranks
     options        YAML and command line to Config and back; help and reference page [yaml]
     backbone       a name to a network from images to embeddings [timm]
@@ -38,7 +41,10 @@ level 1
     batchnorm      batch norm over the images of all ranks
     metrics        how good features are: accuracy, verification, identification
     index          where every sample of a packed data set lies: found with one read
-    sources        where images come from before they are packed
+    tars           what is in a tar of samples, told from its headers, which may be hostile
+    recordio       InsightFace's .rec and .idx
+    pickles        the pickles of foreign data sets, read without unpickling
+    jobs           independent pieces of work in several processes
 level 0
     collectives    every tensor that travels between ranks in a step, with its gradient [torch.distributed]
     augment        from the bytes of an image to the tensor that is sent to the device

@@ -28,6 +28,7 @@ SCATTER_POINTS = 5000  # more than this hide one another
 HISTOGRAM_IMAGES = 4000  # 8 million pairs, 64 MB
 HISTOGRAM_CLASSES = 200  # so that a subset holds at least 20 images of a class, and thus genuine pairs
 LEGEND_CLASSES = 20
+BAR_CLASSES = 40
 LOWEST_FAR = 1e-4
 PANEL_INCHES = 5.4
 INK, FAINT = "#333333", "#d9d9d9"
@@ -171,6 +172,42 @@ def loss_curve(metrics: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
     return figure
 
 
+def class_sizes(labels_N: np.ndarray, class_names: Sequence[str], title: str) -> Figure:
+    """Draw how many images classes have: a bar for each of up to 40 classes, else how many have how many."""
+    counts_K = np.bincount(labels_N, minlength=len(class_names))
+    few = len(counts_K) <= BAR_CLASSES
+    figure = _new_figure(8, 4.6)
+    axes = _new_axes(figure, "class" if few else "images of the class", "images" if few else "classes")
+    if few:
+        names = [str(i) for i in range(len(counts_K))] if not class_names else [*class_names]
+        axes.bar(range(len(counts_K)), counts_K, color="tab:blue", alpha=0.7)
+        axes.set_xticks(range(len(counts_K)), [name[:20] for name in names])
+        if sum(min(len(name), 20) for name in names) > 70:
+            axes.tick_params(axis="x", rotation=90)
+    else:
+        long_tailed = counts_K.max() > 20 * max(1, np.median(counts_K))
+        edges = _whole_edges(
+            max(1, counts_K.min()) if long_tailed else counts_K.min(), counts_K.max(), long_tailed
+        )
+        axes.stairs(np.histogram(counts_K, edges)[0], edges, fill=True, color="tab:blue", alpha=0.7)
+        axes.axvline(counts_K.mean(), linestyle=(0, (4, 3)), linewidth=1, color=INK)
+        if long_tailed:
+            axes.set_xscale("log")
+            axes.set_yscale("symlog", linthresh=1)
+            axes.set_ylim(bottom=0)
+    if axes.get_yscale() == "linear":
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(
+        f"{title}: {len(labels_N):,} images of {len(counts_K):,} classes\n"
+        f"{counts_K.min():,} to {counts_K.max():,} per class, median {np.median(counts_K):,.0f},"
+        f" mean {counts_K.mean():,.1f}",
+        fontsize=12,
+        color=INK,
+        pad=10,
+    )
+    return figure
+
+
 def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Write a PNG of 150 dpi and return its path; the folder is made, and the file is complete or absent."""
     path = Path(path)
@@ -205,6 +242,14 @@ def _new_axes(figure: Figure, x_label: str, y_label: str) -> Axes:
     axes.grid(color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     return axes
+
+
+def _whole_edges(lowest: int, highest: int, logarithmic: bool) -> np.ndarray:
+    """Return at most 61 edges of bins that each hold as many whole numbers as their width says."""
+    if logarithmic:
+        return np.unique(np.geomspace(lowest, highest + 1, 61).round()) - 0.5
+    width = -(-(highest - lowest + 1) // 60)
+    return np.arange(lowest, highest + width + 1, width) - 0.5
 
 
 def _colours(count: int) -> list[Any]:

@@ -32,6 +32,7 @@ ARRAYS: dict[str, np.dtype[Any]] = {
     "length": np.dtype("<i4"),
     "label": np.dtype("<i4"),
 }
+MAX_NOTE = 1 << 20  # bytes of a KEY.json
 MAX_OPEN_FILES = 128  # per process; a login shell's limit is 1024
 
 
@@ -83,6 +84,8 @@ class Index:
     class_statistics: dict[str, float]
     """Images per class: ``min``, ``mean``, ``max``; ``empty`` counts classes without any."""
     fingerprint: str
+    duplicates: dict[str, int] = dataclasses.field(default_factory=dict)
+    """``images`` that are copies of another, those of them ``of_other_classes``; empty if never counted."""
     _files: _OpenFiles = dataclasses.field(default_factory=_OpenFiles, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -119,6 +122,36 @@ class Index:
         except (OSError, tarfile.TarError):
             name = f"at byte {offset}"
         return f"{self.field}: shard {shard}, sample {name}"
+
+    def read_note(self, i: int) -> dict[str, Any]:
+        """Return what KEY.json says of sample ``i``, {} without one. Raises UserError naming the sample.
+
+        The headers around the image are searched: from the end of the image before to the next key.
+        """
+        shard, offset = self.locate(i)
+        is_first = i in self.starts
+        before = 0 if is_first else int(self.offsets_N[i - 1]) + int(self.lengths_N[i - 1])
+        notes: dict[str, tarfile.TarInfo] = {}
+        key = None
+        try:
+            with (self.folder / shard).open("rb") as file:
+                file.seek(-(-before // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    for member in tar:
+                        name, _, extension = member.name.rpartition(".")
+                        if key not in (None, name):
+                            break
+                        if member.offset_data == offset:
+                            key = name
+                        if extension.lower() == "json" and 0 <= member.size <= MAX_NOTE:
+                            notes[name] = member
+                if key not in notes:
+                    return {}
+                file.seek(notes[key].offset_data)
+                note = json.loads(file.read(notes[key].size))
+        except (OSError, tarfile.TarError, ValueError, RecursionError) as error:
+            raise UserError(f"{self.describe(i)}: cannot read its json: {error}") from None
+        return note if isinstance(note, dict) else {"json": note}
 
 
 def open_index(folder: Path, field: str) -> Index:
@@ -210,6 +243,7 @@ def _load(folder: Path, field: str) -> Index:
         class_names=tuple(head["class_names"]),
         class_statistics=head["class_statistics"],
         fingerprint=head["fingerprint"],
+        duplicates=head.get("duplicates", {}),
     )
 
 

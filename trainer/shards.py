@@ -2,23 +2,26 @@
 
 ::
 
-    OUT/data-000000.tar ...    KEY.png KEY.cls KEY.png KEY.cls ... (any webdataset reader can read them)
+    OUT/data-000000.tar ...    KEY.cls KEY.png [KEY.json] ... (any webdataset reader can read them)
     OUT/index/                 what training reads, see ``trainer.index``
-    OUT/.partial/              all of it, until it is complete
+    OUT/.partial/              all of it, until it is complete; beside each finished tar, what is in it
 
+A tar is a function of its samples alone, so tars may be written in any order, by any number of processes.
 The only module that imports webdataset. Array names end in their dimension: N samples.
 """
 
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import os
 import re
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,13 +38,33 @@ from trainer.index import (
     open_index,
     write_index,
 )
+from trainer.jobs import ONE_PROCESS, Jobs
+from trainer.tars import IMAGE_EXTENSIONS, scan_tar
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp")
-MAX_LABEL = MAX_LENGTH = 2**31 - 1
+PAIRS = "pairs.csv"
 
 _OUR_NAME = re.compile(r"data-\d{6,}\.tar")
-# As webdataset splits: the key ends at the first dot of the last path component.
-_MEMBER = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
+
+
+class Sample(NamedTuple):
+    """One sample to be written."""
+
+    image: bytes
+    extension: str
+    label: int
+    note: dict[str, Any] | None = None
+    """Content of KEY.json."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A finished tar: what the index says of it."""
+
+    name: str
+    bytes: int
+    sha256: str
+    rows: NDArray[np.int64]
+    """offset, length, label and hash of the content of every image: (number of images, 4)."""
 
 
 def write_shards(
@@ -61,11 +84,77 @@ def write_shards(
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        _write_tars(samples, staging, samples_per_shard)
-        build_index(staging, class_names)
-        _publish(staging, out)
+        rest = (Sample(*sample) for sample in samples)
+        written: list[Written] = []
+        for first in rest:
+            batch = chain([first], islice(rest, samples_per_shard - 1))
+            written.append(write_shard(staging, len(written), len(written) * samples_per_shard, batch))
+        return publish(staging, out, written, class_names)
     except OSError as error:
         raise UserError(f"{out}: cannot write data shards: {error.strerror}") from None
+
+
+def prepare_to_write() -> None:
+    """Import what writes tars: once, before processes are forked that would each spend seconds on it."""
+    import webdataset  # noqa: F401
+
+
+def write_shard(staging: Path, number: int, first: int, samples: Iterable[Sample]) -> Written:
+    """Write tar ``number``, whose first sample has the key ``first``; whole under its name, or not at all."""
+    import webdataset  # here, because it imports torch: seconds that reading and --help need not spend
+
+    name = f"data-{number:06d}.tar"
+    path = staging / f"{name}.partial"
+    rows = []
+    with path.open("wb") as file:
+        stream = _Hashed(file)
+        # Two packs of the same data are the same bytes: webdataset's default time stamp is the clock.
+        fixed = {"mtime": 0, "user": "", "group": "", "mode": 0o444, "encoder": False}
+        with webdataset.TarWriter(stream, **fixed) as writer:
+            for key, sample in enumerate(samples, first):
+                assert sample.extension in IMAGE_EXTENSIONS, sample.extension
+                members = {sample.extension: sample.image, "cls": str(sample.label).encode("ascii")}
+                if sample.note is not None:
+                    members["json"] = json.dumps(sample.note, sort_keys=True).encode("ascii")
+                offset = writer.tarstream.offset + tarfile.BLOCKSIZE
+                for extension in sorted(members):  # as webdataset writes them
+                    if extension == sample.extension:
+                        break
+                    offset += tarfile.BLOCKSIZE + _blocks(len(members[extension]))
+                writer.write({"__key__": f"{key:09d}", **members})
+                rows.append((offset, len(sample.image), sample.label, content_hash(sample.image)))
+        file.flush()
+        os.fsync(file.fileno())
+    path.replace(staging / name)
+    return Written(
+        name, stream.size, stream.digest.hexdigest(), np.array(rows, dtype=np.int64).reshape(-1, 4)
+    )
+
+
+def content_hash(image: bytes) -> int:
+    """Return 63 bits that tell images apart: the odds that any two of 20 million collide are 1 to 46 000."""
+    return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little") >> 1
+
+
+def publish(
+    staging: Path,
+    out: Path,
+    written: Sequence[Written],
+    class_names: Sequence[str],
+    files: Mapping[str, bytes] | None = None,
+) -> Index:
+    """Replace the data set in ``out`` by finished tars and ``files``; OUT is incomplete meanwhile."""
+    _write_table(staging, written, class_names)
+    index_path(out).unlink(missing_ok=True)
+    for path in [*out.glob("*.tar"), out / PAIRS]:
+        assert path.name == PAIRS or _OUR_NAME.fullmatch(path.name)
+        path.unlink(missing_ok=True)
+    for name, content in (files or {}).items():
+        (out / name).write_bytes(content)
+    for shard in written:
+        (staging / shard.name).replace(out / shard.name)
+    move_index(staging, out)
+    shutil.rmtree(staging)
     return open_index(out, str(out))
 
 
@@ -85,7 +174,7 @@ def check_free(out: Path, overwrite: bool = False) -> None:
         raise UserError(f"{out} holds data shards without an index; index them, or --overwrite them")
 
 
-def build_index(folder: Path, class_names: Sequence[str] | None = None) -> Index:
+def build_index(folder: Path, class_names: Sequence[str] | None = None, jobs: Jobs = ONE_PROCESS) -> Index:
     """Index all tars of a folder, ours or foreign. Without ``class_names`` those of the old index are kept.
 
     Raises UserError naming the shard if it is truncated, or the sample if it lacks its image or its label.
@@ -97,8 +186,51 @@ def build_index(folder: Path, class_names: Sequence[str] | None = None) -> Index
         raise UserError(f"{folder} holds no .tar file")
     if class_names is None:
         class_names = load_index(folder, str(folder)).class_names if is_packed(folder) else ()
-    tables = [np.array(list(_scan(path)), dtype=np.int64).reshape(-1, len(ARRAYS)) for path in paths]
-    table = np.concatenate(tables)
+    scanned = jobs.run(lambda i: _scan(paths[i]), len(paths))
+    try:
+        _write_table(folder, scanned, class_names)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write the index: {error.strerror}") from None
+    return open_index(folder, str(folder))
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Hashed:
+    """A file for tarfile that knows the SHA-256 of what was written: reading it again would cost as much."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest, self.size = hashlib.sha256(), 0
+
+    def write(self, content: bytes) -> None:
+        self.digest.update(content)
+        self.size += len(content)
+        self._file.write(content)
+
+
+def _blocks(size: int) -> int:
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def _scan(path: Path) -> Written:
+    rows = []
+    with path.open("rb") as file:
+        for sample in scan_tar(path):
+            image = os.pread(file.fileno(), sample.length, sample.offset)
+            rows.append((sample.offset, sample.length, sample.label, content_hash(image)))
+    table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+    return Written(path.name, path.stat().st_size, sha256_of(path), table)
+
+
+def _write_table(folder: Path, written: Sequence[Written], class_names: Sequence[str]) -> None:
+    """Write the index of a folder of tars."""
+    table = np.concatenate([np.empty((0, 4), dtype=np.int64), *(shard.rows for shard in written)])
+    shards = [Shard(shard.name, len(shard.rows), shard.bytes, shard.sha256) for shard in written]
     if not len(table):
         raise UserError(f"{folder}: its .tar files hold no samples (KEY.png or another image, and KEY.cls)")
     columns = {name: table[:, i].astype(kind) for i, (name, kind) in enumerate(ARRAYS.items())}
@@ -106,145 +238,44 @@ def build_index(folder: Path, class_names: Sequence[str] | None = None) -> Index
     num_classes = len(class_names) or int(labels_N.max()) + 1
     if labels_N.max() >= num_classes:
         raise UserError(f"{folder}: label {labels_N.max()} has no name; there are {num_classes} class names")
-    shards = [
-        Shard(path.name, len(rows), path.stat().st_size, _sha256(path))
-        for path, rows in zip(paths, tables, strict=True)
-    ]
-    head = _describe(shards, labels_N, num_classes)
-    try:
-        write_index(folder, {**head, "class_names": list(class_names)}, columns)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write the index: {error.strerror}") from None
-    return open_index(folder, str(folder))
+    head = {**_describe(shards, labels_N, num_classes), "duplicates": _duplicates(table[:, 3], labels_N)}
+    write_index(folder, {**head, "class_names": list(class_names)}, columns)
 
 
-def _scan(path: Path) -> Iterator[tuple[int, int, int]]:
-    """Yield (offset, length, label) of every sample of a tar. Raises UserError naming tar and sample."""
-    sample: dict[str, tarfile.TarInfo] = {}
-    key = ""
-    try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else every header stays in memory
-                match = _MEMBER.fullmatch(member.name)
-                extension = match[2].lower() if match else ""
-                if match is None or not member.isreg() or extension not in (*IMAGE_EXTENSIONS, "cls"):
-                    continue
-                part = "cls" if extension == "cls" else "image"
-                if sample and (match[1] != key or part in sample):
-                    yield _sample_row(path, key, sample, file)
-                    sample = {}
-                key = match[1]
-                sample[part] = member
-            if sample:
-                yield _sample_row(path, key, sample, file)
-            _check_end(path, file, tar.offset)  # type: ignore[attr-defined]
-    except tarfile.TarError as error:
-        raise UserError(f"{path}: truncated or not a tar: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from None
-
-
-def _sample_row(
-    path: Path, key: str, sample: dict[str, tarfile.TarInfo], file: BinaryIO
-) -> tuple[int, int, int]:
-    where = f"{path}: sample {ascii(key)[1:-1]}"
-    if missing := {"image", "cls"} - sample.keys():
-        raise UserError(f"{where} has no {missing.pop()} member next to its {next(iter(sample))}")
-    image, label = sample["image"], sample["cls"]
-    if image.issparse() or label.issparse() or not 0 < image.size <= MAX_LENGTH:
-        raise UserError(f"{where}: image is sparse, empty or above 2 GiB ({image.size} bytes)")
-    # The scan reads headers in order: pread leaves the position of the file alone.
-    text = os.pread(file.fileno(), min(label.size, 32), label.offset_data)
-    if not re.fullmatch(rb"\s*\d{1,20}\s*", text) or int(text) > MAX_LABEL:
-        raise UserError(f"{where}: label must be an integer from 0 to {MAX_LABEL}, it is {ascii(text)[1:]}")
-    return image.offset_data, image.size, int(text)
-
-
-def _check_end(path: Path, file: BinaryIO, end: int) -> None:
-    """Raise UserError unless two zero blocks, and nothing but zeros, follow the last member.
-
-    tarfile takes a cut at a member's boundary, and a broken header, for the end: both lose samples.
-    """
-    file.seek(end)
-    size = 0
-    while chunk := file.read(1 << 20):
-        size += len(chunk)
-        if chunk.count(0) != len(chunk):
-            raise UserError(f"{path}: broken header, or another tar glued on, at byte {end}")
-    if size < 2 * tarfile.BLOCKSIZE:
-        raise UserError(f"{path}: truncated: no end of archive at byte {end}")
-
-
-def _write_tars(samples: Iterable[tuple[bytes, str, int]], folder: Path, samples_per_shard: int) -> None:
-    import webdataset  # here, because it imports torch: seconds that reading and --help need not spend
-
-    open_file: list[BinaryIO] = []
-
-    def open_shard(name: str) -> BinaryIO:
-        # Our own file: webdataset would take a path with "::" or "pipe:" in it for a command.
-        open_file.append((folder / name).open("xb"))
-        return open_file[-1]
-
-    def finish_shard(_: str) -> None:
-        with open_file.pop() as file:
-            file.flush()
-            os.fsync(file.fileno())
-
-    # Two packs of the same data are the same bytes: webdataset's default time stamp is the clock.
-    fixed = {"mtime": 0, "user": "", "group": "", "mode": 0o444, "encoder": False}
-    with webdataset.ShardWriter(
-        "data-%06d.tar",
-        maxcount=samples_per_shard,
-        maxsize=float("inf"),
-        post=finish_shard,
-        verbose=0,
-        opener=open_shard,
-        **fixed,
-    ) as writer:
-        for i, (image, extension, label) in enumerate(samples):
-            assert extension in IMAGE_EXTENSIONS, extension
-            writer.write({"__key__": f"{i:09d}", extension: image, "cls": str(label).encode("ascii")})
-
-
-def _publish(staging: Path, out: Path) -> None:
-    """Replace the data set in ``out``: it is incomplete from the first line to the last."""
-    index_path(out).unlink(missing_ok=True)
-    for path in out.glob("*.tar"):
-        assert _OUR_NAME.fullmatch(path.name)
-        path.unlink()
-    for path in sorted(staging.glob("*.tar")):
-        path.replace(out / path.name)
-    move_index(staging, out)
-    shutil.rmtree(staging)
+def _duplicates(hashes_N: NDArray[np.int64], labels_N: NDArray[Any]) -> dict[str, int]:
+    """Count images that are the copy of another, and of these those whose labels disagree."""
+    order = np.lexsort((labels_N, hashes_N))
+    hashes_N, labels_N = hashes_N[order], labels_N[order]
+    same_N = hashes_N[1:] == hashes_N[:-1]
+    return {
+        "images": int(same_N.sum()),
+        "of_other_classes": int((same_N & (labels_N[1:] != labels_N[:-1])).sum()),
+    }
 
 
 def _describe(shards: Sequence[Shard], labels_N: NDArray[Any], num_classes: int) -> dict[str, Any]:
     return {
-        "fingerprint": _fingerprint(shards, labels_N),
+        "fingerprint": fingerprint_of(shards, labels_N),
         "num_samples": len(labels_N),
         "num_classes": num_classes,
-        "class_statistics": _class_statistics(labels_N, num_classes),
+        "class_statistics": class_statistics(labels_N, num_classes),
         "tool": f"coco-trainer, webdataset {importlib.metadata.version('webdataset')}",
         "shards": [dataclasses.asdict(shard) for shard in shards],
     }
 
 
-def _class_statistics(labels_N: NDArray[Any], num_classes: int) -> dict[str, float]:
+def class_statistics(labels_N: NDArray[Any], num_classes: int) -> dict[str, float]:
+    """Return images per class: ``min``, ``mean``, ``max``; ``empty`` counts classes without any."""
     _, counts = np.unique(labels_N, return_counts=True)
     empty = num_classes - len(counts)
     smallest = 0 if empty else int(counts.min())
     return {"min": smallest, "mean": len(labels_N) / num_classes, "max": int(counts.max()), "empty": empty}
 
 
-def _fingerprint(shards: Sequence[Shard], labels_N: NDArray[Any]) -> str:
+def fingerprint_of(shards: Sequence[Shard], labels_N: NDArray[Any]) -> str:
+    """Return a hash of all images, labels and their order."""
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(f"{shard.n} {shard.sha256}\n".encode("ascii"))
     digest.update(labels_N.tobytes())
     return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,113 @@
+"""The files of a data set, in a folder or in a zip: listed by name, read one by one, never unpacked."""
+
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.errors import UserError
+
+MAX_BYTES = 1 << 28  # of one image: a small zip can claim to hold a file that fills the memory
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of one folder or zip, named by their path from its root; hidden ones are not listed."""
+
+    root: Path
+    names: list[str]
+    read: Callable[[str], bytes]
+    """Returns the content of one file; works in forked processes too."""
+
+    @property
+    def origins(self) -> list[Path]:
+        """The files on disk that these are read from."""
+        return [self.root / name for name in self.names] if self.root.is_dir() else [self.root]
+
+
+def open_files(path: Path) -> Files:
+    """List a folder, or a zip."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    return _folder_files(path) if path.is_dir() else _zip_files(path)
+
+
+def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yield (folder, subfolders, files) below ``root``: sorted, no hidden names, symbolic links followed."""
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot read: {error.strerror}")
+
+    for name, subfolders, files in os.walk(root, followlinks=True, onerror=fail):
+        folder = Path(name)
+        subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+        around = [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
+        for link in (folder / s for s in subfolders if (folder / s).is_symlink()):
+            if link.resolve() in [parent.resolve() for parent in around]:
+                raise UserError(f"{link} is a symbolic link to a folder around it")
+        yield folder, subfolders, sorted(f for f in files if not f.startswith("."))
+
+
+def extension_of(name: str) -> str:
+    """Return what follows the last dot, in lower case."""
+    return os.path.splitext(name)[1][1:].lower()
+
+
+def read_file(path: Path) -> bytes:
+    """Return the content of a file. Raises UserError naming it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror}") from None
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file in UTF-8, with or without a mark at its beginning."""
+    try:
+        return read_file(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def _folder_files(root: Path) -> Files:
+    names = [
+        (folder / file).relative_to(root).as_posix() for folder, _, files in walk(root) for file in files
+    ]
+    return Files(root, names, lambda name: read_file(root / name))
+
+
+def _zip_files(path: Path) -> Files:
+    archives: dict[int, zipfile.ZipFile] = {}
+
+    def archive() -> zipfile.ZipFile:
+        # One for every process: forked ones share the position in the file.
+        if os.getpid() not in archives:
+            try:
+                archives[os.getpid()] = zipfile.ZipFile(path)
+            except (OSError, zipfile.BadZipFile) as error:
+                raise UserError(f"{path}: cannot read as a zip: {error}") from None
+        return archives[os.getpid()]
+
+    def read(name: str) -> bytes:
+        try:
+            if archive().getinfo(name).file_size > MAX_BYTES:
+                raise ValueError(f"above {MAX_BYTES >> 20} MiB unpacked")
+            return archive().read(name)
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+            NotImplementedError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
+            raise UserError(f"{path}: cannot read {name}: {error}") from None
+
+    listed = [info.filename for info in archive().infolist() if not info.is_dir()]
+    return Files(path, [name for name in listed if not _is_hidden(name)], read)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
