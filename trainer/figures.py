@@ -182,7 +182,7 @@ def class_sizes(labels_N: np.ndarray, class_names: Sequence[str], title: str) ->
         names = [str(i) for i in range(len(counts_K))] if not class_names else [*class_names]
         axes.bar(range(len(counts_K)), counts_K, color="tab:blue", alpha=0.7)
         axes.set_xticks(range(len(counts_K)), [name[:20] for name in names])
-        if sum(min(len(name), 20) for name in names) > 70:
+        if len(names) * min(20, max(map(len, names))) > 75:
             axes.tick_params(axis="x", rotation=90)
     else:
         long_tailed = counts_K.max() > 20 * max(1, np.median(counts_K))
@@ -195,6 +195,9 @@ def class_sizes(labels_N: np.ndarray, class_names: Sequence[str], title: str) ->
             axes.set_xscale("log")
             axes.set_yscale("symlog", linthresh=1)
             axes.set_ylim(bottom=0)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_xlim(counts_K.min() - 5, counts_K.max() + 5)
     if axes.get_yscale() == "linear":
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(

@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trainer.errors import UserError
 from trainer.pickles import read_pickle
 from trainer.recordio import RecordFile, whole_number
@@ -83,16 +85,19 @@ def _end_of_images(label: float, file: RecordFile) -> int:
 def _checked_bin(path: Path, content: Any) -> tuple[list[bytes], list[bool]]:
     if not isinstance(content, tuple | list) or len(content) != 2:
         raise UserError(f"{path}: a list of images and a list of same-or-not are expected")
-    images, same = content
+    images, same = (part.tolist() if isinstance(part, np.ndarray) else part for part in content)
+    if not isinstance(images, list | tuple) or not isinstance(same, list | tuple):
+        raise UserError(f"{path}: a list of images and a list of same-or-not are expected")
+    if wrong := [value for value in same if not isinstance(value, int) or value not in (0, 1)]:
+        raise UserError(f"{path}: {ascii(wrong[0])[:50]} stands where a pair is the same, or not")
     images = [image if isinstance(image, bytes) else _from_array(image, path) for image in images]
-    same = [bool(value) for value in same]
     if not same or len(images) != 2 * len(same):
         raise UserError(f"{path}: {len(images)} images for {len(same)} pairs")
-    return images, same
+    return images, [bool(value) for value in same]
 
 
 def _from_array(image: Any, path: Path) -> bytes:
     """Some tools keep the bytes of a JPEG in an array of uint8."""
-    if getattr(image, "ndim", 0) != 1 or str(image.dtype) != "uint8":
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
         raise UserError(f"{path}: an image is a {type(image).__name__}, not the bytes of a JPEG")
     return image.tobytes()

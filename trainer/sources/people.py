@@ -93,8 +93,8 @@ def pipa(path: Path, split: str, region: str = "head") -> Source:
     """Return the people of one of ``PIPA_SETS``, cut out of the photos: FOLDER/**/PHOTOSET_PHOTO.jpg.
 
     Needs all_data.txt in the folder: lines of photoset, photo, x, y, width, height, identity, subset.
-    KEY.json says where a person was found, and, for every split_SET_NAME.txt beside it, "NAME": 0 (gallery) or 1
-    (query). ``region`` is head, upper (2 heads wide, 3 high) or body (2 wide, 6 high).
+    KEY.json says where a person was found, and, for every split_SET_NAME.txt beside it, "NAME": 0 (gallery)
+    or 1 (query). ``region`` is head, upper (2 heads wide, 3 high) or body (2 wide, 6 high).
     """
     heads = [h for h in map(_head, _lines(path / "all_data.txt", 8)) if h.subset == PIPA_SETS[split]]
     files = open_files(path)
