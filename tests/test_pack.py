@@ -10,6 +10,7 @@ from PIL import Image
 
 from launch import pack
 from trainer.errors import UserError
+from trainer.index import open_index
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -123,7 +124,10 @@ def test_second_folder_of_two_is_checked_before_the_first_is_written(tmp_path, r
 def test_help_names_every_source():
     result = run_script("--help")
     assert result.returncode == 0
-    assert all(f"pack.py {name}" in result.stdout for name in ("imagefolder", "mnist5k", "omniglot", "index"))
+    assert all(
+        f"pack.py {name}" in result.stdout
+        for name in pack.build_parser()._subparsers._group_actions[0].choices
+    )
 
 
 def test_mnist_is_packed_into_train_and_test(tmp_path, run):
@@ -133,3 +137,42 @@ def test_mnist_is_packed_into_train_and_test(tmp_path, run):
     assert (train["path"], train["num_samples"]) == (str(tmp_path / "mnist" / "train"), 4000)
     assert (test["path"], test["num_samples"]) == (str(tmp_path / "mnist" / "test"), 1000)
     assert train["images_per_class"] == {"min": 400, "mean": 400.0, "max": 400, "empty": 0}
+
+
+def test_csv_writes_one_folder_for_every_split(photos, tmp_path, run):
+    rows = [
+        f"{path},{path.parent.name},{'test' if path.stem == '5' else 'train'}"
+        for path in photos.rglob("*.png")
+    ]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,split", *rows]))
+    train, test = run("csv", tmp_path / "list.csv", tmp_path / "out", "--root", "/")
+    if train["path"].endswith("test"):
+        train, test = test, train
+    assert (train["num_samples"], test["num_samples"], test["num_classes"]) == (5, 1, 1)
+    assert train["duplicates"] == {"images": 0, "of_other_classes": 0}
+
+
+def test_options_cut_drop_and_encode_what_any_source_gives(photos, tmp_path, run):
+    train, test = run("imagefolder", photos, tmp_path / "a", "--split", "sample", "0.5", "--quality", "50")
+    assert (train["num_samples"], test["num_samples"]) == (3, 3)
+    assert open_index(tmp_path / "a" / "test", "").read(0).startswith(b"\xff\xd8\xff")
+    [large] = run("imagefolder", photos, tmp_path / "b", "--min-per-class", "3")
+    assert (large["num_samples"], large["num_classes"]) == (4, 1)
+    for wrong in (["half", "0.5"], ["class", "1.5"], ["class", "many"]):
+        with pytest.raises(UserError, match="class or sample, and a fraction between 0 and 1"):
+            run("imagefolder", photos, tmp_path / "c", "--split", *wrong)
+    with pytest.raises(UserError, match="mnist5k is cut already, into train, test"):
+        run("mnist5k", tmp_path / "c", "--split", "class", "0.5")
+
+
+def test_check_prints_every_problem_and_exits_with_2(photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    pack.main(["imagefolder", str(photos), str(out)])
+    pack.main(["check", str(out)])
+    assert "6 images of 2 classes" in (text := capsys.readouterr().out)
+    assert text.endswith("; all is well\n")
+    (out / "data-000000.tar").rename(out / "moved.tar")
+    with pytest.raises(UserError, match="out: 2 problems"):
+        pack.main(["check", str(out), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"] == ["data-000000.tar: missing", "moved.tar: not in the index"]

@@ -1,6 +1,7 @@
 """Tables of images: CSV files of paths, Parquet files of paths or of the images themselves."""
 
 import csv
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ def csv_sets(path: Path, root: Path | None = None) -> dict[str, Source]:
     Paths are taken from ``root``, by default the folder of the CSV file. Other columns are ignored. Raises
     UserError naming the line of a row that is incomplete, or whose file is missing or no image.
     """
-    rows = csv.DictReader(read_text(path).splitlines(), strict=True)
+    rows = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     folder = path.parent if root is None else root
     by_set: dict[str, list[tuple[Path, str]]] = {}
     try:
