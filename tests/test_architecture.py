@@ -36,7 +36,19 @@ DOORS = {
 }
 # Names of types that other modules may import through a door, to say what they take and return.
 TYPES = {"matplotlib.figure": {"Figure"}, "torch.distributed": {"ProcessGroup"}}
-WITHOUT_TORCH = ("errors", "config", "options", "order", "scale", "schedule", "index", "shards", "sources")
+WITHOUT_TORCH = (
+    "errors",
+    "config",
+    "options",
+    "order",
+    "scale",
+    "schedule",
+    "index",
+    "shards",
+    "sources",
+    "packing",
+    "check",
+)
 
 
 def drawing() -> dict[str, tuple[int, tuple[str, ...]]]:

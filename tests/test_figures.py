@@ -189,3 +189,16 @@ def test_a_failed_save_keeps_the_old_file_and_leaves_no_rest(tmp_path: Path, mon
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"loss.png": b"old"}
     with pytest.raises(UserError, match=r"PNG files, not .*loss\.svg"):
         figures.save(figure, tmp_path / "loss.svg")
+
+
+def test_class_sizes_are_bars_of_few_classes_and_a_histogram_of_many() -> None:
+    few = figures.class_sizes(np.array([0, 0, 2]), ["ant", "bee", "cat"], "set").axes[0]
+    assert [bar.get_height() for bar in few.patches] == [2, 0, 1]
+    assert few.get_title() == "set: 3 images of 3 classes\n0 to 2 per class, median 1, mean 1.0"
+    for counts_K in (np.full(50, 20), np.arange(100) + 30, np.array([1] * 90 + [2] * 9 + [5000])):
+        many = figures.class_sizes(np.repeat(np.arange(len(counts_K)), counts_K), [], "set").axes[0]
+        [stairs] = many.patches
+        values, edges, _ = stairs.get_data()
+        assert values.sum() == len(counts_K)
+        assert np.array_equal(values, np.histogram(counts_K, edges)[0])
+    assert many.get_xscale() == "log"

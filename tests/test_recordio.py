@@ -119,7 +119,7 @@ def test_what_is_broken_is_named(tmp_path):
         rec(path)
 
 
-@fuzz(60)
+@fuzz(40)
 @given(st.data())
 def test_any_bytes_give_a_record_or_an_error_of_the_user(tmp_path, data):
     start = data.draw(

@@ -100,7 +100,7 @@ def test_csv_errors_name_the_line(tmp_path, text, message):
         csv_sets(put(tmp_path / "a.csv", text.encode("latin-1")))
 
 
-@fuzz(60)
+@fuzz(40)
 @given(st.one_of(st.binary(max_size=60), st.text('path,lbe0.ng"\r\n\0').map(str.encode)))
 def test_any_csv_gives_sets_or_an_error_of_the_user(tmp_path, content):
     table = put(tmp_path / "a.csv", b"path,label\n" + content)
@@ -165,7 +165,7 @@ def test_broken_idx_is_refused(tmp_path, content):
         read_idx(put(tmp_path / "a", content), 1)
 
 
-@fuzz(60)
+@fuzz(40)
 @given(st.data())
 def test_any_idx_gives_an_array_or_an_error_of_the_user(tmp_path, data):
     content = data.draw(st.sampled_from([b"", b"\0\0\x08\x01", b"\0\0\x08\x01\0\0\0", b"\x1f\x8b"]))

@@ -18,6 +18,7 @@ import tarfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +34,7 @@ ARRAYS: dict[str, np.dtype[Any]] = {
     "label": np.dtype("<i4"),
 }
 MAX_NOTE = 1 << 20  # bytes of a KEY.json
+MAX_MEMBERS = 64  # between two images; tarfile follows a negative size backwards for ever
 MAX_OPEN_FILES = 128  # per process; a login shell's limit is 1024
 
 
@@ -137,7 +139,7 @@ class Index:
             with (self.folder / shard).open("rb") as file:
                 file.seek(-(-before // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
                 with tarfile.open(fileobj=file, mode="r:") as tar:
-                    for member in tar:
+                    for member in islice(tar, MAX_MEMBERS):
                         name, _, extension = member.name.rpartition(".")
                         if key not in (None, name):
                             break
@@ -149,7 +151,7 @@ class Index:
                     return {}
                 file.seek(notes[key].offset_data)
                 note = json.loads(file.read(notes[key].size))
-        except (OSError, tarfile.TarError, ValueError, RecursionError) as error:
+        except (OSError, tarfile.TarError, ValueError, RecursionError, OverflowError, MemoryError) as error:
             raise UserError(f"{self.describe(i)}: cannot read its json: {error}") from None
         return note if isinstance(note, dict) else {"json": note}
 

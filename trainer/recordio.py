@@ -49,6 +49,7 @@ class RecordFile:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise UserError(f"{path}: cannot read: {error.strerror}") from None
+        self._size = os.fstat(self._descriptor).st_size
         weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, i: int) -> Record:
@@ -59,9 +60,9 @@ class RecordFile:
         """Return the labels of record ``i`` in the order of the keys, without reading its image."""
         start = self._content(i, _HEADER.size)
         flag = _HEADER.unpack(start)[0] if len(start) == _HEADER.size else 0
-        return self._parsed(
-            i, self._content(i, _HEADER.size + 4 * min(flag, MAX_LABELS)) if flag else start
-        ).labels
+        if flag:
+            start = self._content(i, _HEADER.size + 4 * min(flag, MAX_LABELS))
+        return self._parsed(i, start).labels
 
     def describe(self, i: int) -> str:
         """Return where record ``i`` is, for messages."""
@@ -69,7 +70,7 @@ class RecordFile:
 
     def _content(self, i: int, wanted: int) -> bytes:
         """Return the first ``wanted`` bytes of a record's content, over its parts."""
-        content, offset, expected = b"", int(self.offsets_N[i]), (0, 1)
+        content, offset, expected = bytearray(), int(self.offsets_N[i]), (0, 1)
         while True:
             magic, word = self._words(i, offset)
             part, length = word >> 29, word & 0x1FFFFFFF
@@ -77,12 +78,11 @@ class RecordFile:
                 raise UserError(
                     f"{self.describe(i)}: no record begins at byte {offset}, or one above 256 MiB"
                 )
-            piece = self._pread(min(length, wanted - len(content)), offset + _WORDS.size)
-            if len(piece) < min(length, wanted - len(content)):
+            if offset + _WORDS.size + length > self._size:
                 raise UserError(f"{self.describe(i)}: truncated")
-            content += piece
+            content += self._pread(min(length, wanted - len(content)), offset + _WORDS.size)
             if len(content) >= wanted or part in (0, 3):
-                return content
+                return bytes(content)
             content += _WORDS.pack(MAGIC, 0)[:4]
             offset += _WORDS.size + (length + 3) // 4 * 4
             expected = (2, 3)
