@@ -7,8 +7,10 @@ level 6
     loop           a run from configuration to result: train() on one screen
     compare        finished runs side by side: one table, one picture
 level 5
+    export         a trained model for use elsewhere: timm, ONNX, torch.export, centroids, card
     sheet          what a run is about to do, told before it starts
 level 4
+    trained        a trained model as it lies on disk: backbone, rows, names of the classes
     state          all that changes while training: built, saved, restored
     benchmark      what the head costs on this machine, in time and memory
 level 3
