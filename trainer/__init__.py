@@ -8,12 +8,14 @@ level 6
     compare        finished runs side by side: one table, one picture
 level 5
     export         a trained model for use elsewhere: timm, ONNX, torch.export, centroids, card
+    warm_start     where a new run's weights come from, if not from the seed
     sheet          what a run is about to do, told before it starts
 level 4
     trained        a trained model as it lies on disk: backbone, rows, names of the classes
     state          all that changes while training: built, saved, restored
     benchmark      what the head costs on this machine, in time and memory
 level 3
+    class_means    the mean feature of every class in one pass: where a centroid best begins
     fused          the head at its limit: no logits, no normalised copy, no dense gradient
     plan           memory, traffic and time for K classes on N GPUs, before renting them
     textbook       the class-parallel head as usually written: what the benchmark compares with

@@ -24,6 +24,7 @@ from trainer.order import Position, fold
 from trainer.schedule import lr_at
 from trainer.sheet import as_text, run_sheet
 from trainer.state import TrainState, build_state, resume, save, share_statistics
+from trainer.warm_start import warm_start
 
 
 class NonFiniteError(RuntimeError):
@@ -41,6 +42,8 @@ def train(config: Config) -> dict[str, float]:
         checkpoints = Checkpoints(config.run_folder / "checkpoints", config.checkpoint.keep_last, world.group)
         state = build_state(config, world)
         resume(state, config, checkpoints, index.fingerprint)
+        if state.step == 0:
+            warm_start(state, config, index, world)
         test_sets = EvalSets(config, world, index.class_names, state.head.shard.num_classes)
         update = build_step(state, config, world)
         batches = build_batches(config, index, world, state.position)
