@@ -7,6 +7,7 @@ level 6
     loop           a run from configuration to result: train() on one screen
     compare        finished runs side by side: one table, one picture
 level 5
+    classes        other classes for a checkpoint: grown, dropped, merged, matched by name
     export         a trained model for use elsewhere: timm, ONNX, torch.export, centroids, card
     warm_start     where a new run's weights come from, if not from the seed
     sheet          what a run is about to do, told before it starts

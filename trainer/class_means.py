@@ -19,7 +19,7 @@ from trainer.collectives import gather_batch
 from trainer.config import Config
 from trainer.data import build_eval_loader
 from trainer.distributed import World
-from trainer.head import ClassShard, own_targets
+from trainer.head import ClassShard, initial_rows, own_targets
 from trainer.index import Index
 
 
@@ -27,7 +27,7 @@ from trainer.index import Index
 def class_means(
     embed: Callable[[Tensor], Tensor], index: Index, shard: ClassShard, dim: int, config: Config, world: World
 ) -> tuple[Tensor, Tensor]:
-    """Return the direction of the mean feature, C x D of length 1, and the number of images, C, of each class.
+    """Return the directions of the mean features, C x D of length 1, and how many images each class has, C.
 
     Every rank must call it; each gets its own classes, the same on any number of ranks up to the rounding
     of the backbone. A class without images has a row of zeros.
@@ -51,6 +51,16 @@ def class_means(
         sums_CD.index_add_(0, columns, features_BD[rows])
         counts_C += torch.bincount(columns, minlength=len(shard))
     return F.normalize(sums_CD), counts_C
+
+
+def centroids_at(means_CD: Tensor, sub_centroids: int, seed: int, shard: ClassShard) -> Tensor:
+    """Return unit rows for the means of a shard's classes: the mean itself, then others a little beside it.
+
+    Equal sub-centroids would be one for ever; the differences are a function of seed and row.
+    """
+    beside = initial_rows(seed, shard.times(sub_centroids), means_CD.shape[1]).to(means_CD.device)
+    beside.unflatten(0, (-1, sub_centroids))[:, 0] = 0
+    return F.normalize(means_CD.repeat_interleave(sub_centroids, dim=0) + 0.1 * beside)
 
 
 def only_classes(index: Index, is_wanted_K: NDArray[np.bool_]) -> Index:

@@ -120,7 +120,9 @@ def fold_neck(neck: nn.Module, width: int) -> tuple[Tensor, Tensor]:
 
 
 def write_centroids(trained: Trained, path: Path) -> None:
-    """Write all unit rows, K x D float32, as ``centroids`` of one safetensors file; a block at a time.
+    """Write all unit rows, float32, as ``centroids`` of one safetensors file; a block at a time.
+
+    K x D, or K x S x D with S sub-centroids a class.
 
     safetensors has no writer that streams; its format is 8 bytes of length, a JSON header, and the numbers.
     """
@@ -129,7 +131,10 @@ def write_centroids(trained: Trained, path: Path) -> None:
         for low, tensors in blocks:
             rows = F.normalize(tensors[rows_name(tensors)].float(), dim=-1)
             if low == 0:
-                shape = [trained.num_classes, *rows.shape[1:]]
+                per_class = (
+                    [trained.config.head.sub_centroids] if trained.num_rows > trained.num_classes else []
+                )
+                shape = [trained.num_classes, *per_class, rows.shape[1]]
                 entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * int(np.prod(shape))]}
                 header = json.dumps({"centroids": entry}).encode()
                 header += b" " * (-len(header) % 8)

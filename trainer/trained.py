@@ -36,9 +36,14 @@ class Trained:
 
     @property
     def num_classes(self) -> int:
-        """Rows of the head."""
+        """Classes of the head."""
         assert self.config.head.num_classes is not None
         return self.config.head.num_classes
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the head: ``head.sub_centroids`` for each class, one after another."""
+        return self.num_classes * self.config.head.sub_centroids
 
     def build_backbone(self) -> Backbone:
         """Build the backbone with its trained weights, ready to embed. Raises UserError."""
@@ -52,10 +57,10 @@ class Trained:
         return backbone.eval()
 
     def stream_rows(self, block: int = BLOCK_ROWS) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Yield (first class, the head's tensors of some classes), in order; ``block`` classes at a time."""
-        for low in range(0, self.num_classes, block):
-            high = min(low + block, self.num_classes)
-            yield low, read_rows(self.path, ClassShard(low, high, self.num_classes))
+        """Yield (first row, the head's tensors of some rows), in order; ``block`` rows at a time."""
+        for low in range(0, self.num_rows, block):
+            high = min(low + block, self.num_rows)
+            yield low, read_rows(self.path, ClassShard(low, high, self.num_rows))
 
 
 def open_trained(path: Path) -> Trained:

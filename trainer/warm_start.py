@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.checkpoint import load_head, read_rows, read_tensors
-from trainer.class_means import class_means
+from trainer.class_means import centroids_at, class_means
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine import set_weights
@@ -61,13 +61,13 @@ def weights_for(backbone: nn.Module, source: Path) -> dict[str, Tensor]:
 def set_class_means(state: TrainState, config: Config, index: Index, world: World) -> None:
     """Point every centroid to the mean feature of its class; those without images stay random. Collective."""
     (rows_CD,) = (p for p in state.head.parameters() if p.ndim > 1)
-    if rows_CD.ndim > 2:
-        raise UserError("init.centroids: class_means needs a head with one centroid for each class")
     state.engine.eval()
     means_CD, counts_C = class_means(state.engine, index, state.head.shard, rows_CD.shape[1], config, world)
     state.engine.train()
-    has_images_C = counts_C > 0
-    rows_CD[has_images_C] = means_CD[has_images_C].to(rows_CD.dtype)
+    sub_centroids = config.head.sub_centroids
+    new_CD = centroids_at(means_CD, sub_centroids, config.seed, state.head.shard)
+    has_images_C = (counts_C > 0).repeat_interleave(sub_centroids)
+    rows_CD[has_images_C] = new_CD[has_images_C].to(rows_CD.dtype)
     log.info("centroids begin as the mean features of %d images", index.num_samples)
 
 
@@ -82,7 +82,7 @@ def _load_rows(state: TrainState, source: Path, index: Index) -> None:
                 f"init.head: {source}: class {label} is {there!r} there and {here!r} here; "
                 "launch/classes.py makes a checkpoint for other classes"
             )
-    rows = read_rows(trained.path, state.head.shard)
+    rows = read_rows(trained.path, state.head.row_shard)
     for name, parameter in state.head.named_parameters():
         found = rows.get(f"parameter.{name}")
         if found is None or found.shape != parameter.shape:
