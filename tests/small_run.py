@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from trainer.backbone import Backbone, build_backbone
@@ -24,6 +23,8 @@ from trainer.sources import image_folder, shuffled
 
 def pack_photos(root: Path, name: str, classes: dict[str, int], size: tuple[int, int] = (40, 40)) -> Path:
     """Pack so many crops of two real photographs for every class; a class is a place in one of them."""
+    from sklearn.datasets import load_sample_images  # which ranks need not import
+
     photos = load_sample_images().images
     generator = np.random.default_rng(3)
     for label, count in classes.items():
