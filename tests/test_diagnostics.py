@@ -49,18 +49,15 @@ def test_neighbours_and_classes_equal_brute_force(num_ranks, sub_centroids):
     expected = torch.histc(cosine[other].float(), diagnostics.BINS, -1, 1).double()
     best, place = cosine.masked_fill(~other, -2).max(1)
     by_pair: dict[tuple[int, int], float] = {}
-    for value, a, b in sorted(
-        zip(best.tolist(), class_of.tolist(), class_of[place].tolist(), strict=True), reverse=True
-    ):
+    found = zip(best.tolist(), class_of.tolist(), class_of[place].tolist(), strict=True)
+    for value, a, b in sorted(found, reverse=True):
         by_pair.setdefault((min(a, b), max(a, b)), value)
     closest = [(pytest.approx(value, abs=1e-6), *pair) for pair, value in by_pair.items()][:4]
 
     x, labels = images()
     z = (F.normalize(x.double()) @ unit.T).unflatten(1, (CLASSES, -1)).amax(2)
     for neighbours, classes in results:
-        assert (
-            neighbours.histogram - expected
-        ).abs().sum() <= 4  # float32: a cosine at the border of two bins
+        assert (neighbours.histogram - expected).abs().sum() <= 4  # float32, at borders of bins
         assert neighbours.histogram.sum() == other.sum()
         assert neighbours.pairs == closest
         assert neighbours.metrics["head/cosine_nearest_mean"] == pytest.approx(float(best.mean()), abs=1e-6)

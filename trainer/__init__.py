@@ -16,6 +16,7 @@ level 4
     state          all that changes while training: built, saved, restored
     benchmark      what the head costs on this machine, in time and memory
 level 3
+    diagnostics    near centroids, weak classes, effective rank: a head and its embeddings from inside
     class_means    the mean feature of every class in one pass: where a centroid best begins
     fused          the head at its limit: no logits, no normalised copy, no dense gradient
     plan           memory, traffic and time for K classes on N GPUs, before renting them
