@@ -7,6 +7,7 @@ level 6
     loop           a run from configuration to result: train() on one screen
     compare        finished runs side by side: one table, one picture
 level 5
+    report         what a run learned and where it errs, as one file for a browser
     classes        other classes for a checkpoint: grown, dropped, merged, matched by name
     export         a trained model for use elsewhere: timm, ONNX, torch.export, centroids, card
     warm_start     where a new run's weights come from, if not from the seed
@@ -53,6 +54,7 @@ level 0
     networks       networks of the papers that timm does not have
     scale          the scale alpha of the cosine softmax: its rules
     schedule       the learning rate by step
+    page           the page of a report: HTML and CSS in one file, for light and dark
     errors         the one error that is the user's to mend
 """
 

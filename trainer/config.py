@@ -323,6 +323,9 @@ class LogConfig:
     wandb_project: str = "coco-trainer"
     """Project of the run in W&B."""
 
+    report: bool = True
+    """Write `report.html` into the run's folder at the end; `launch/report.py` does it at any time."""
+
     progress: bool = True
     """Progress bar on stderr (rank 0)."""
 

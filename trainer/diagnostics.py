@@ -83,7 +83,7 @@ def nearest_classes(head: Any, features_PD: Tensor, classes_P: Tensor) -> Neares
 
 
 @torch.no_grad()
-def centroid_neighbours(head: Any, *, max_probes: int = MAX_PROBES, num_pairs: int = 20) -> Neighbours:
+def centroid_neighbours(head: Any, *, max_probes: int = MAX_PROBES, num_pairs: int = 16) -> Neighbours:
     """Find the classes closest to each other; at most ``max_probes``, evenly spaced, look for theirs.
 
     Every rank must call it; each gets the same. The closest pair of probed classes is always among them.
