@@ -142,7 +142,6 @@ def write_changed(
         "position": {"epoch": int(record["position"]["epoch"]) + 1, "consumed": 0},
         "data_fingerprint": index.fingerprint,
         "config": to_dict(config),
-        "class_names": list(index.class_names),
     }
     out = config.run_folder
     written = Checkpoints(out / "checkpoints", config.checkpoint.keep_last, world.group).save(

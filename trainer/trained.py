@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trainer.backbone import Backbone, build_backbone
@@ -79,13 +80,10 @@ def open_trained(path: Path) -> Trained:
         config = from_dict(record["config"])
     except (InvalidConfigError, KeyError):
         raise UserError(f"{checkpoint}: its configuration is not one of this version") from None
-    if "class_names" in record:
-        return Trained(checkpoint, run_folder, record, config, tuple(record["class_names"]))
-    try:  # before checkpoints had the names, only their run had them
-        names = json.loads((run_folder / CLASSES).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run_folder / CLASSES}: cannot read the names of the classes: {error}") from None
-    return Trained(checkpoint, run_folder, record, config, tuple(names))
+    names = next((f / CLASSES for f in (checkpoint, run_folder) if (f / CLASSES).is_file()), None)
+    if names is None:
+        raise UserError(f"{run_folder / CLASSES}: is missing, so the names of the classes are not known")
+    return Trained(checkpoint, run_folder, record, config, tuple(json.loads(names.read_text())))
 
 
 def backbone_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -101,3 +99,43 @@ def rows_name(tensors: dict[str, Tensor]) -> str:
     """Return the name of the tensor that holds the rows of a head, whichever head it is."""
     (name,) = (name for name, value in tensors.items() if name.startswith("parameter.") and value.ndim > 1)
     return name
+
+
+def describe(trained: Trained) -> dict[str, Any]:
+    """Return what a checkpoint is, without reading its tensors."""
+    config, record = trained.config, trained.record
+    return {
+        "checkpoint": str(trained.path),
+        "format": record["format"],
+        "step": record["step"],
+        "epoch": record["position"]["epoch"],
+        "backbone": config.backbone.name,
+        "loss": config.loss.name,
+        "classes": trained.num_classes,
+        "rows": trained.num_rows,
+        "first_classes": list(trained.class_names[:5]),
+        "data": str(config.data.train),
+        "data_fingerprint": record["data_fingerprint"],
+        "files": {path.name: path.stat().st_size for path in sorted(trained.path.iterdir())},
+    }
+
+
+def verify(trained: Trained) -> dict[str, int]:
+    """Read every tensor; return how many numbers there are. Raises UserError naming what is not whole.
+
+    All rows have to be there, and every number has to be finite.
+    """
+    numbers = {"backbone": 0, "head": 0}
+    for name, value in read_tensors(trained.path / "backbone.safetensors").items():
+        _require_finite(trained.path, name, value)
+        numbers["backbone"] += value.numel()
+    for low, tensors in trained.stream_rows():
+        for name, value in tensors.items():
+            _require_finite(trained.path, f"{name} from row {low} on", value)
+            numbers["head"] += value.numel()
+    return numbers
+
+
+def _require_finite(path: Path, name: str, value: Tensor) -> None:
+    if not torch.isfinite(value).all():
+        raise UserError(f"{path}: {name} holds a number that is not finite")
