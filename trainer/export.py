@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -163,6 +162,8 @@ def _write_onnx(
     folder: Path, trained: Trained, model: PixelsToFeatures, images_NCHW: Tensor, input_type: str
 ) -> Tensor:
     """Write ``model.onnx``; return what onnxruntime makes of the images, one alone and then the others."""
+    import onnxruntime  # seconds to import, and only this format needs it
+
     path = folder / "model.onnx"
     images_NCHW = images_NCHW.to(getattr(torch, input_type))
     torch.onnx.export(

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
-from sklearn.manifold import TSNE
 from torch import Tensor
 
 from trainer import figures, page
@@ -292,6 +291,8 @@ def _map(result: SetResult) -> Html:
     title = f"{result.name}: the two principal axes, {100 * share:.0f} % of the variance"
     drawn = [figures.embedding_map((centred_ND @ axes_DD[:2].T).numpy(), labels_N, title)]
     if 10 <= len(chosen) <= MAX_TSNE:
+        from sklearn.manifold import TSNE  # seconds to import, which every training would wait for
+
         t_sne = TSNE(perplexity=min(30.0, len(chosen) / 4), init="pca", random_state=0, metric="cosine")
         points_N2 = t_sne.fit_transform(features_ND.numpy())
         drawn.append(figures.embedding_map(points_N2, labels_N, f"{result.name}: t-SNE of the cosines"))
