@@ -183,3 +183,4 @@ def test_training_goes_on_from_the_changed_checkpoint(root, tmp_path):
     done = Started(sys.executable, "launch/train.py", *config).wait()
     assert done.code == 0, done.stderr
     assert [line["step"] for line in read_metrics(tmp_path / "new")] == [8, 9]
+    assert (tmp_path / "new" / "report.html").is_file()
