@@ -321,8 +321,8 @@ def _classes(config: Config, view: HeadView) -> Html:
     parts = [
         page.heading("Classes that may be one"),
         page.note(
-            "The closest pairs of centroids. Near 1 the two are probably one person or thing of two labels: "
-            "launch/classes.py merge joins them."
+            "The closest pairs of centroids. Near 1 the two are probably one person or thing "
+            "with two labels: launch/classes.py merge joins them."
         ),
         page.cards(
             (
