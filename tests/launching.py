@@ -95,7 +95,8 @@ def options(folder: Path, name: str, *more: str) -> list[str]:
         f"data.train={folder / 'packed'}", "data.batch_size=12", "data.workers=1",
         "backbone.name=resnet10t", "backbone.image_size=24", "backbone.embedding_dim=16",
         "optim.lr=0.005", "optim.steps=30", "optim.warmup_steps=10", "optim.clip_norm=1", "augment.flip=0.5",
-        "engine.dtype=float32", "log.every_steps=1", "log.wandb=disabled", f"run.root={folder}",
+        "engine.dtype=float32", "log.every_steps=1", "log.wandb=disabled", "log.report=false",
+        f"run.root={folder}",
         f"run.name={name}", f"eval.classification.same={folder / 'packed'}", *more,
     ]  # fmt: skip
 

@@ -7,13 +7,20 @@ level 6
     loop           a run from configuration to result: train() on one screen
     compare        finished runs side by side: one table, one picture
 level 5
+    report         what a run learned and where it errs, as one file for a browser
+    classes        other classes for a checkpoint: grown, dropped, merged, matched by name
+    export         a trained model for use elsewhere: timm, ONNX, torch.export, centroids, card
+    warm_start     where a new run's weights come from, if not from the seed
     sheet          what a run is about to do, told before it starts
 level 4
+    trained        a trained model as it lies on disk: backbone, rows, names of the classes
     state          all that changes while training: built, saved, restored
     benchmark      what the head costs on this machine, in time and memory
 level 3
     packing        from a source to a finished data set: in several processes, resumable
     check          is a packed data set what its index says, to the last pixel?
+    diagnostics    near centroids, weak classes, effective rank: a head and its embeddings from inside
+    class_means    the mean feature of every class in one pass: where a centroid best begins
     fused          the head at its limit: no logits, no normalised copy, no dense gradient
     plan           memory, traffic and time for K classes on N GPUs, before renting them
     textbook       the class-parallel head as usually written: what the benchmark compares with
@@ -53,6 +60,7 @@ level 0
     networks       networks of the papers that timm does not have
     scale          the scale alpha of the cosine softmax: its rules
     schedule       the learning rate by step
+    page           the page of a report: HTML and CSS in one file, for light and dark
     errors         the one error that is the user's to mend
 """
 

@@ -3,8 +3,10 @@
 Legend: N images, C channels, H x W pixels, F width of the pooled output, D width of the embedding.
 """
 
+import copy
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -50,10 +52,10 @@ class Backbone(nn.Module):
         return self.neck(self.network(x_NCHW))
 
 
-def build_backbone(config: BackboneConfig, group: ProcessGroup) -> Backbone:
+def build_backbone(config: BackboneConfig, group: ProcessGroup | None) -> Backbone:
     """Build the network that the configuration names; communicates only while training (batch norm).
 
-    Raises UserError for what timm does not know or cannot do.
+    Without a group every batch norm is local. Raises UserError for what timm does not know or cannot do.
     """
     if not timm.is_model(config.name):
         near = difflib.get_close_matches(config.name, timm.list_models(), n=1)
@@ -78,7 +80,7 @@ def build_backbone(config: BackboneConfig, group: ProcessGroup) -> Backbone:
     mean = _per_channel(config.mean or defaults.get("mean", (0.5,)), config.channels)
     std = _per_channel(config.std or defaults.get("std", (0.5,)), config.channels)
     backbone = Backbone(network, _build_neck(config, width), config.embedding_dim or width, mean, std)
-    if config.batch_norm == "global":
+    if config.batch_norm == "global" and group is not None:
         use_global_statistics(backbone, group, activated=BatchNormAct2d)
     return backbone
 
@@ -140,3 +142,53 @@ def _per_channel(values: Sequence[float], channels: int) -> Sequence[float]:
     if len(values) == channels:
         return values
     return [sum(values) / len(values)] * channels
+
+
+def with_classifier(network: nn.Module, weight_DF: Tensor, bias_D: Tensor) -> nn.Module:
+    """Return a copy of a timm model with this linear layer for a classifier. Raises UserError without one."""
+    model: Any = copy.deepcopy(network)
+    model.reset_classifier(len(bias_D))
+    classifier = model.get_classifier()
+    if not isinstance(classifier, nn.Linear) or classifier.weight.shape != weight_DF.shape:
+        raise UserError(
+            f"backbone.name: timm's {type(model).__name__} does not end in one linear layer that could hold "
+            "the neck; export another format"
+        )
+    with torch.no_grad():
+        classifier.weight.copy_(weight_DF)
+        classifier.bias.copy_(bias_D)
+    return model.eval()
+
+
+def is_from_timm(name: str) -> bool:
+    """Say whether timm alone has the model, rather than ``trainer/networks.py``."""
+    return timm.models.model_entrypoint(name).__module__.startswith("timm.")
+
+
+def save_timm(model: nn.Module, folder: Path, config: BackboneConfig, backbone: Backbone) -> None:
+    """Write ``model.safetensors`` and ``config.json``, which ``timm.create_model("local-dir:...")`` reads.
+
+    Its ``pretrained_cfg`` holds our preprocessing: shorter side to the image size, then the central square.
+    """
+    size = image_size_of(config)
+    preprocessing = {
+        "input_size": (config.channels, size, size),
+        "mean": tuple((backbone.mean_C11 / 255).flatten().tolist()),
+        "std": tuple((backbone.std_C11 / 255).flatten().tolist()),
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+    }
+    of_these_weights = {"tag": "", "license": "other", "origin_url": None}  # not those of timm's weights
+    timm.models.save_for_hf(
+        model,
+        str(folder),
+        model_config={"pretrained_cfg": of_these_weights},
+        safe_serialization=True,
+        data_config=preprocessing,
+    )
+
+
+def load_timm(folder: Path) -> nn.Module:
+    """Load what ``save_timm`` wrote as a user without this project would."""
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()

@@ -18,7 +18,9 @@ from trainer.evaluate import EvalSets, SetResult, figures_of
 from trainer.head import CocoHead, SoftmaxHead
 from trainer.log import CLASSES
 from trainer.options import load
+from trainer.report import FILE, view_head, write_report
 from trainer.state import build_head, load_loss_statistics
+from trainer.trained import open_trained
 
 
 def compare(folders: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, dict[str, float]]:
@@ -105,3 +107,14 @@ def _draw(found: Mapping[str, Sequence[SetResult]], folder: Path) -> None:
             }
             figure = figures.feature_scatter_pair(panels, results[0].class_names)
             figures.save(figure, folder / f"features-{results[0].name}-compared.png")
+
+
+def report(folder: Path, overrides: Sequence[str] = ()) -> Path:
+    """Judge a run's newest checkpoint and write its report; every rank must call it. Returns the path."""
+    config = load(folder / "config.yaml", overrides)
+    with joined_world(config.engine.timeout_seconds) as world:
+        backbone, head = load_model(folder, config, world)
+        names = open_trained(folder).class_names
+        results = list(EvalSets(config, world, names, head.shard.num_classes).evaluate(backbone, head))
+        view = view_head(head, results, names, list(config.eval.classification))
+        return write_report(folder, config, results, view) if world.is_main else folder / FILE

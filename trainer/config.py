@@ -197,6 +197,22 @@ class HeadConfig:
 
 
 @section
+class InitConfig:
+    """Where the weights of a new run come from; one that goes on has them from its checkpoint."""
+
+    from_: Path | None = Field(default=None, alias="from")
+    """A run, a checkpoint, or a safetensors file of a backbone (ours or timm's): its weights. None draws
+    them from the seed, or takes `backbone.pretrained`."""
+
+    head: bool = False
+    """Take the head's rows from there too; the classes have to be the same, in the same order."""
+
+    centroids: Literal["random", "class_means"] = "random"
+    """`class_means`: one pass over the data, and every centroid begins as the mean feature of its class.
+    Of use with a backbone that is trained already, and with very many classes."""
+
+
+@section
 class OptimConfig:
     """The optimizer, the same kind for backbone and head, and its schedule."""
 
@@ -307,6 +323,9 @@ class LogConfig:
     wandb_project: str = "coco-trainer"
     """Project of the run in W&B."""
 
+    report: bool = True
+    """Write `report.html` into the run's folder at the end; `launch/report.py` does it at any time."""
+
     progress: bool = True
     """Progress bar on stderr (rank 0)."""
 
@@ -324,6 +343,7 @@ class Config:
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     head: HeadConfig = Field(default_factory=HeadConfig)
+    init: InitConfig = Field(default_factory=InitConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -357,12 +377,13 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Return the configuration as plain nested values that YAML and JSON can hold."""
-    return _ADAPTER.dump_python(config, mode="json")
+    return _ADAPTER.dump_python(config, mode="json", by_alias=True)
 
 
 def field_infos(cls: type) -> dict[str, FieldInfo]:
     """Return name -> type, default and docstring of every field of a section."""
-    return cast(dict[str, FieldInfo], cls.__pydantic_fields__)  # type: ignore[attr-defined]
+    infos = cast(dict[str, FieldInfo], cls.__pydantic_fields__)  # type: ignore[attr-defined]
+    return {info.alias or name: info for name, info in infos.items()}  # `from` is a word of Python's
 
 
 def check_across_fields(config: Config) -> None:
@@ -376,6 +397,8 @@ def check_across_fields(config: Config) -> None:
         raise UserError(
             "engine.zero_stage: float16 needs 1 or 2 (DeepSpeed 0.19 never scales the loss at 0), got 0"
         )
+    if config.init.head and (config.init.from_ is None or config.init.centroids == "class_means"):
+        raise UserError("init.head: needs init.from, and init.centroids=random")
     head = config.head
     if head.state_dtype == "bfloat16" and (head.update != "fused" or config.loss.name == "softmax"):
         raise UserError("head.state_dtype: bfloat16 needs head.update=fused and a loss of cosines")

@@ -162,6 +162,16 @@ def load_state(engine: Any, tensors: dict[str, Tensor], numbers: dict[str, float
             setattr(engine.optimizer.loss_scaler, name, numbers[name])
 
 
+@torch.no_grad()
+def set_weights(engine: Any, weights: dict[str, Tensor]) -> None:
+    """Set parameters and buffers by their names in the module; the optimizer keeps its state."""
+    parameters = {name for name, _ in engine.module.named_parameters()}
+    for name, value in weights.items():
+        _load_tensor(
+            engine, f"{'parameter' if name in parameters else 'buffer'}.{name}", value.to(engine.device)
+        )
+
+
 def _state_shapes(engine: Any) -> dict[str, torch.Size]:
     """Return the names and shapes that ``state_tensors`` yields, without communicating."""
     shapes = {}

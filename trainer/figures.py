@@ -6,6 +6,7 @@ thread; ``save`` writes it. The same input gives the same bytes.
 Dimensions: N images, D embedding (2 or 3) or feature (any), K classes, P points of a circle.
 """
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -346,3 +347,69 @@ def _subset(labels_N: Tensor) -> Tensor:
     chosen = classes_K[torch.linspace(0, len(classes_K) - 1, count).long()]
     per_class = HISTOGRAM_IMAGES // count
     return torch.cat([(labels_N == label).nonzero()[:per_class, 0] for label in chosen])
+
+
+def small_curve(name: str, steps: Sequence[int], values: Sequence[float], *, logarithmic: bool) -> Figure:
+    """Draw one metric of a run over its steps, small enough to stand beside others."""
+    figure = _new_figure(4.2, 2.5)
+    axes = _new_axes(figure, "", "")
+    axes.plot(steps, values, linewidth=1.6, color="tab:blue", marker="o" if len(values) == 1 else None)
+    if logarithmic:
+        axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.margins(x=0.01)
+    axes.set_title(name, fontsize=11, color=INK, loc="left")
+    return figure
+
+
+def embedding_map(points_N2: np.ndarray, labels_N: Tensor, title: str) -> Figure:
+    """Draw a map of embeddings in the plane, coloured by class; near points are meant to look alike."""
+    figure = _new_figure(6.4, 5.6)
+    axes = _new_axes(figure, "", "")
+    classes, places_N = np.unique(labels_N.numpy(), return_inverse=True)
+    colours = np.array(_colours(len(classes)))
+    size = float(np.clip(6000 / len(points_N2), 4, 36))
+    x_N, y_N = points_N2.T
+    axes.scatter(x_N, y_N, s=size, c=colours[places_N], linewidths=0, alpha=0.8, rasterized=True)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, fontsize=11, color=INK, loc="left")
+    return figure
+
+
+def centroid_cosines(counts: np.ndarray, title: str) -> Figure:
+    """Draw how many pairs of centroids of different classes have which cosine, by ``counts`` of -1 to 1."""
+    figure = _new_figure(6.4, 3.2)
+    axes = _new_axes(figure, "cosine", "pairs of classes")
+    axes.stairs(counts, np.linspace(-1, 1, len(counts) + 1), fill=True, color="tab:blue", alpha=0.7)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_xlim(-1, 1)
+    axes.set_title(title, fontsize=11, color=INK, loc="left")
+    return figure
+
+
+def class_sizes(images_K: Sequence[int], values_K: Sequence[float], value: str, title: str) -> Figure:
+    """Draw what classes reach over how many images they were trained on."""
+    figure = _new_figure(6.4, 3.2)
+    axes = _new_axes(figure, "training images of the class", value)
+    axes.scatter(images_K, values_K, s=16, color="tab:blue", alpha=0.6, linewidths=0)
+    if max(images_K) > 20 * min(images_K):
+        axes.set_xscale("log")
+    axes.set_title(title, fontsize=11, color=INK, loc="left")
+    return figure
+
+
+def as_svg(figure: Figure) -> str:
+    """Return the figure as an SVG element for a page whose CSS has --grid and --muted and sets the colour.
+
+    Texts stay texts, and take font and colour from the page, so the picture fits light and dark.
+    """
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
+        figure.savefig(text, format="svg", transparent=True, dpi=150, metadata={"Date": None})
+    svg = text.getvalue()
+    before, _, after = svg[svg.index("<svg") :].partition("<metadata>")
+    svg = before + after.partition("</metadata>")[2]
+    for colour, variable in ((INK, "currentColor"), (FAINT, "var(--grid)"), ("#888888", "var(--muted)")):
+        svg = svg.replace(colour, variable)
+    return svg

@@ -92,6 +92,12 @@ class RunLog:
         if self._wandb is not None:
             _never_stop(lambda: self._wandb.log({f"figures/{name}": wandb.Image(str(path))}, step=step))
 
+    def table(self, name: str, columns: list[str | int], rows: list[list[Any]], step: int) -> None:
+        """Show a table in W&B."""
+        if self._wandb is not None:
+            content = {f"tables/{name}": wandb.Table(columns=columns, data=rows)}
+            _never_stop(lambda: self._wandb.log(content, step=step))
+
     def finish(self, step: int, results: dict[str, float]) -> None:
         """Leave the completion marker: a launcher's exit code does not prove that a run is whole."""
         if self.is_main:

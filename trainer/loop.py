@@ -21,9 +21,11 @@ from trainer.index import Index, open_index
 from trainer.joint import JointStep, StepOutput
 from trainer.log import RunLog, Throughput
 from trainer.order import Position, fold
+from trainer.report import figures_of_head, tables_of_head, view_head, write_report
 from trainer.schedule import lr_at
 from trainer.sheet import as_text, run_sheet
 from trainer.state import TrainState, build_state, resume, save, share_statistics
+from trainer.warm_start import warm_start
 
 
 class NonFiniteError(RuntimeError):
@@ -41,6 +43,8 @@ def train(config: Config) -> dict[str, float]:
         checkpoints = Checkpoints(config.run_folder / "checkpoints", config.checkpoint.keep_last, world.group)
         state = build_state(config, world)
         resume(state, config, checkpoints, index.fingerprint)
+        if state.step == 0:
+            warm_start(state, config, index, world)
         test_sets = EvalSets(config, world, index.class_names, state.head.shard.num_classes)
         update = build_step(state, config, world)
         batches = build_batches(config, index, world, state.position)
@@ -71,14 +75,22 @@ def train(config: Config) -> dict[str, float]:
                     log_run.add({"data/batch_digest": batch_digest(batch, world)})
                 if log_run.is_due(state.step, config.eval.every_steps):
                     results = evaluate(state, test_sets)
-                    log_run.add(metrics_of(results))
+                    view = view_head(state.head, results, index.class_names, list(config.eval.classification))
+                    log_run.add(metrics_of(results) | view.metrics)
                 log_run.write(state.step)
                 if log_run.is_due(state.step, config.checkpoint.every_steps):
                     save(state, config, checkpoints, index.fingerprint)
 
-            results = results or evaluate(state, test_sets)  # the run may have been complete before
-            for name, figure in figures_of(results, config.run_folder.name) if world.is_main else ():
-                log_run.figure(name, figure, state.step)
+            if results is None:  # the run was complete before
+                results = evaluate(state, test_sets)
+                view = view_head(state.head, results, index.class_names, list(config.eval.classification))
+            if world.is_main:
+                for name, figure in (*figures_of(results, config.run_folder.name), *figures_of_head(view)):
+                    log_run.figure(name, figure, state.step)
+                for table in tables_of_head(view):
+                    log_run.table(*table, state.step)
+                if config.log.report:
+                    write_report(config.run_folder, config, results, view)
             log_run.finish(state.step, metrics_of(results))
         return metrics_of(results)
 

@@ -1,6 +1,8 @@
 """The run sheet: what a run is about to do, before it spends the first hour on it."""
 
 import platform
+import shlex
+import sys
 from importlib.metadata import version
 from typing import Any
 
@@ -33,6 +35,8 @@ def run_sheet(config: Config, world: World, index: Index, head: Any, start_step:
         "versions": ", ".join(f"{p} {version(p)}" for p in ("torch", "deepspeed", "timm", "webdataset"))
         + f", python {platform.python_version()}",
     }
+    typed = [part for part in sys.argv if not part.startswith("--local_rank")]  # what a launcher adds
+    sheet["command"] = shlex.join(typed)
     if engine.deepspeed_overrides:
         sheet["deepspeed overrides"] = str(engine.deepspeed_overrides)
     return sheet
