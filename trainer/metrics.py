@@ -52,6 +52,9 @@ class Sharing:
     gather: Callable[[Tensor], Tensor] = alone
 
 
+ALONE = Sharing()
+
+
 @dataclass(frozen=True)
 class Verification:
     """One-to-one matching: two images are taken for the same class if their cosine >= a threshold.
