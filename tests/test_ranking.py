@@ -168,8 +168,8 @@ def test_ranks_among_distractors_equal_brute_force(world: int, tied: bool) -> No
     assert set(zip(first_Q.tolist(), second_Q.tolist(), strict=True)) == expected_pairs
     cosines = (probes_PD.double() @ distractors_ND.double().T).float()
     for results in best_of(world, sizes, probes, distractors_ND, places_N):
-        for (size, best_Pk), wanted in zip(results, sizes, strict=True):
-            assert size == wanted
+        for (size, seen, best_Pk), wanted in zip(results, sizes, strict=True):
+            assert (size, seen) == (wanted, wanted)
             chosen = cosines[:, places_N < size]
             expected = [1 + int((chosen[i] >= s).sum()) for i, s in zip(first_Q, scores_Q, strict=True)]
             found = rank_among(first_Q, scores_Q, best_Pk)
@@ -191,7 +191,7 @@ def test_accept_rates_among_distractors_are_exact_or_left_out() -> None:
     probes = images_of(probes_PD, labels_P)
     first_Q, _, scores_Q = genuine_pairs(probes)
     fars = (0.2, 0.02, 0.005, 1e-4)
-    [[(_, best_Pk)]] = best_of(1, (300,), probes, distractors_ND, torch.arange(310), deepest=60)
+    [[(_, _, best_Pk)]] = best_of(1, (300,), probes, distractors_ND, torch.arange(310), deepest=60)
     found = accept_rates(first_Q, scores_Q, best_Pk, 300, fars)
     impostors = (probes_PD.double() @ distractors_ND[:300].double().T).float().flatten()
     for far, tar in found.items():
@@ -199,16 +199,17 @@ def test_accept_rates_among_distractors_are_exact_or_left_out() -> None:
         assert tar == max(float((scores_Q >= t).double().mean()) for t in allowed)
     assert 0.005 in found
     assert 1e-4 not in found  # less than an error
-    [[(_, shallow_Pk)]] = best_of(1, (300,), probes, distractors_ND, torch.arange(310), deepest=2)
+    [[(_, _, shallow_Pk)]] = best_of(1, (300,), probes, distractors_ND, torch.arange(310), deepest=2)
     assert accept_rates(first_Q, scores_Q, shallow_Pk, 300, (0.2,)) == {}  # more errors than were kept
 
 
-def test_too_few_distractors_are_refused() -> None:
+def test_distractors_are_counted_and_sizes_must_rise() -> None:
     probes = images_of(*make_features(10, 2, 4, 1.0))
-    best = BestDistractors(probes, (10, 1000))
+    best = BestDistractors(probes, (2, 1000))
     best.add(torch.eye(4), torch.arange(4))
-    with pytest.raises(UserError, match="sizes: 1000 distractors are asked for, there are 4"):
-        list(best.finish())
+    assert [(size, seen) for size, seen, _ in best.finish()] == [(2, 2), (1000, 4)]
+    with pytest.raises(UserError, match=r"sizes: \[5, 5\] are not rising"):
+        BestDistractors(probes, (5, 5))
 
 
 def market(num: int, seed: int) -> tuple[torch.Tensor, Seen]:

@@ -51,21 +51,19 @@ class BestDistractors:
                 both = torch.cat([best_Bk, cosines(self.probes[rows], columns)], dim=1)
                 self._best_SPk[ring, rows] = both.topk(best_Bk.shape[1], dim=1).values
 
-    def finish(self, sharing: Sharing = ALONE) -> Iterable[tuple[int, Tensor]]:
-        """Yield (size, P x k best cosines, falling) over all ranks; every rank must go through it.
+    def finish(self, sharing: Sharing = ALONE) -> Iterable[tuple[int, int, Tensor]]:
+        """Yield (size, how many distractors there were, P x k best cosines, falling) over all ranks.
 
-        Raises UserError if there were fewer distractors than the largest size.
+        Every rank must go through it.
         """
-        seen = int(sharing.total(self._seen).sum())
-        if seen != self.sizes[-1]:
-            raise UserError(f"sizes: {self.sizes[-1]} distractors are asked for, there are {seen}")
+        seen_S = sharing.total(self._seen).cumsum(dim=0)
         deepest = self._best_SPk.shape[2]
         so_far_Pk = self._best_SPk[0, :, :0]
-        for size, best_Pk in zip(self.sizes, self._best_SPk, strict=True):
-            of_all_ranks = sharing.gather(best_Pk[None])  # each has seen other distractors
+        for ring, size in enumerate(self.sizes):
+            of_all_ranks = sharing.gather(self._best_SPk[ring][None])  # each has seen other distractors
             so_far_Pk = torch.cat([so_far_Pk, *of_all_ranks], dim=1)
             so_far_Pk = so_far_Pk.topk(min(deepest, so_far_Pk.shape[1]), dim=1).values
-            yield size, so_far_Pk
+            yield size, int(seen_S[ring]), so_far_Pk
 
 
 def genuine_pairs(probes: Images) -> tuple[Tensor, Tensor, Tensor]:

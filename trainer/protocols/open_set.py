@@ -86,3 +86,15 @@ def _histograms(images: Images, sharing: Sharing, block: int) -> Tensor:
 
 def _count(bins: Tensor) -> Tensor:
     return torch.bincount(bins, minlength=_NUM_BINS)
+
+
+def genuine_by_class(features_ND: Tensor, labels_N: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return the cosine of each genuine pair and its class: for intervals, where classes are drawn."""
+    images = by_class(features_ND, labels_N)
+    counts_K = torch.unique_consecutive(images.labels, return_counts=True)[1]
+    scores: list[np.ndarray] = []
+    for own in images.features.split(counts_K.tolist()):
+        i, j = torch.triu_indices(len(own), len(own), 1, device=own.device)
+        found = (own.double() @ own.double().T).float()[i, j]
+        scores.append(found.cpu().numpy())
+    return np.concatenate(scores), np.repeat(np.arange(len(scores)), [len(part) for part in scores])
