@@ -6,6 +6,7 @@ Dimensions: N images, D feature.
 
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from PIL import Image
 from ranks import run_on_ranks
 from torch import Tensor
 
+from launch import evaluate
 from trainer.bench import Model
 from trainer.config import ProtocolConfig, protocol_from_dict
 from trainer.distributed import World
@@ -416,3 +418,54 @@ def test_embeddings_of_something_else_are_not_gone_on_with(root: Path, tmp_path:
     assert Embeddings(tmp_path, "OUT").files[0].dtype == np.float16
     with pytest.raises(AssertionError, match="holds other embeddings: dtype is 'float16', not 'float32'"):
         run_on_ranks(write_on_rank, 1, root / "query", tmp_path, "float32")
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    try:
+        evaluate.main()
+    finally:
+        if torch.distributed.is_initialized():  # a failed command leaves its group to the end of the process
+            torch.distributed.destroy_process_group()
+
+
+def test_the_command_judges_embeddings_without_a_model(
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    figures: dict[str, dict[str, float]],
+) -> None:
+    run_on_ranks(write_on_rank, 1, root / "lfw", tmp_path, "float32")
+    options = ("--protocol", "open_set", "--data", tmp_path, "--fars", "1e-1", "--bootstrap", "20")
+    run_command(monkeypatch, *options, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found.pop("run") == str(tmp_path)
+    assert found == {f"eval/open_set/{name}": value for name, value in figures["open_set"].items()}
+    run_command(monkeypatch, *options)
+    assert "tar@far=1e-1_low" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--protocol", "lfw", "--data", "x"), "--protocol: input should be 'closed_set', 'pairs'"),
+        (("--data", "x"), "--protocol: is required"),
+        (("--protocol", "pairs", "--data", "x", "--ks", "none"), "--ks: "),
+        (
+            ("--protocol", "pairs", "--data", "x", "--ways", "5"),
+            "--ways: the protocol pairs has no use for it",
+        ),
+        (("--protocol", "pairs", "--data", "{root}/lfw"), "--data: holds images, not embeddings: name a run"),
+        (("nowhere", "--protocol", "open_set", "--data", "x"), "nowhere: holds no complete checkpoint"),
+        (("--protocol", "open_set", "--data", "{root}/none"), "--data: {root}/none is not a folder"),
+        (("{root}/x.onnx", "--protocol", "open_set", "--data", "x"), "{root}/x.onnx: cannot open as ONNX"),
+    ],
+)
+def test_what_is_wrong_with_a_command_is_one_line(
+    root: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        run_command(monkeypatch, *(argument.format(root=root) for argument in arguments))
+    assert str(caught.value).startswith(message.format(root=root))
+    assert "\n" not in str(caught.value)

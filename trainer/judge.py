@@ -99,7 +99,9 @@ def _closed_set(bench: Bench) -> Figures:
     result = closed_set(found.embeddings_ND, labels_N, centroids_KD, ks, bench.sharing)
     yield "num_images", float(len(labels_N))
     yield from bench.left_out(("failed_images", len(found.images) - len(labels_N)))
-    yield from bench.means(result.hits, labels_N)
+    by_distance = bench.config.gallery is not None  # rows of a head are directions, not points
+    hits = {name: hit for name, hit in result.hits.items() if by_distance or not name.endswith("_euclidean")}
+    yield from bench.means(hits, labels_N)
     yield from _most_confused(labels_N, result.predicted_N, known)
 
 

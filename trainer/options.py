@@ -74,6 +74,8 @@ def load_protocol(texts: Mapping[str, str | list[str]]) -> ProtocolConfig:
     except InvalidConfigError as error:
         first = error.errors[0]
         option = str(first["loc"][0]).replace("_", "-")
+        if first["type"] == "missing":
+            raise UserError(f"--{option}: is required") from None
         raise UserError(
             f"--{option}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {first['input']!r}"
         ) from None
