@@ -50,6 +50,15 @@ def test_closed_set_equals_scikit_learn(world: int) -> None:
         np.testing.assert_array_equal(found.confusion(labels, 7).numpy(), expected)
 
 
+def test_a_class_is_as_near_as_its_nearest_sub_centroid() -> None:
+    features_ND, labels_N = make_features(50, 5, 6, 1.0)
+    rows_KSD = torch.randn(5, 3, 6, generator=torch.Generator().manual_seed(4))
+    nearest_row = (features_ND @ torch.nn.functional.normalize(rows_KSD.flatten(0, 1)).T).argmax(dim=1)
+    found = closed_set(features_ND, labels_N, rows_KSD)
+    assert found.predicted_N.tolist() == (nearest_row // 3).tolist()
+    assert found.hits["accuracy"].tolist() == (nearest_row // 3 == labels_N).double().tolist()
+
+
 def test_a_label_without_centroid_is_refused() -> None:
     with pytest.raises(UserError, match="label 4 has no centroid: there are 3 classes"):
         closed_set(torch.eye(3), torch.tensor([0, 4, 1]), torch.eye(3))

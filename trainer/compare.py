@@ -118,10 +118,10 @@ def open_model(path: Path, world: World) -> Model:
     assert num_classes is not None  # the configuration of a run is resolved
 
     def centroids() -> Tensor:
-        rows = read_rows(checkpoint, ClassShard(0, num_classes, num_classes))
-        return next(
-            values for name, values in rows.items() if name.startswith("parameter.") and values.ndim == 2
-        )
+        rows_each = config.head.sub_centroids
+        rows = read_rows(checkpoint, ClassShard(0, num_classes, num_classes).times(rows_each))
+        matrix_RD = next(v for name, v in rows.items() if name.startswith("parameter.") and v.ndim == 2)
+        return matrix_RD.unflatten(0, (num_classes, rows_each))
 
     return Model(backbone, reading_of(config), centroids, tuple(_class_names(checkpoint.parents[1])))
 

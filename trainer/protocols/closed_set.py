@@ -3,7 +3,7 @@
 By angle, centroids are directions (rows of the head, or class means of features). By distance, they are
 points: class means of embeddings, as the center-loss papers judge.
 
-Dimensions: N images, K classes, D embedding, B images of a block.
+Dimensions: N images, K classes, S sub-centroids, R = K S rows, D embedding, B images of a block.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,9 @@ def closed_set(
     sharing: Sharing = ALONE,
     block: int = 256,
 ) -> ClosedSet:
-    """Compare every embedding with every centroid. Top k: fewer than k other centroids are as near.
+    """Compare every embedding with every centroid. Top k: fewer than k other classes are as near.
+
+    Centroids may be K x S x D: a class of S sub-centroids is as near as its nearest.
 
     Scores are float64 rounded to float32, so a tie counts against the model. Every rank must call it.
     """
@@ -49,15 +51,20 @@ def closed_set(
     if len(wrong):
         raise UserError(f"label {int(wrong[0])} has no centroid: there are {num_classes} classes")
     labels_N, ks = labels_N.to(embeddings_ND.device), [k for k in ks if k < num_classes]
-    points_KD = centroids_KD.to(embeddings_ND.device).double()
-    directions_KD = F.normalize(points_KD)
-    squares_K = points_KD.square().sum(1)
+    points_KSD = centroids_KD.to(embeddings_ND.device).double().view(num_classes, -1, embeddings_ND.shape[1])
+    points_RD = points_KSD.flatten(0, 1)
+    directions_RD = F.normalize(points_RD)
+    squares_R = points_RD.square().sum(1)
     rivals_N2 = torch.zeros(len(labels_N), 2, dtype=torch.int64, device=embeddings_ND.device)
     predicted_N = torch.zeros_like(labels_N)
     for rows in share(blocks(len(labels_N), block), sharing.part):
         embeddings_BD = embeddings_ND[rows].double()
-        by_angle_BK = (F.normalize(embeddings_BD) @ directions_KD.T).float()
-        by_distance_BK = (2 * embeddings_BD @ points_KD.T - squares_K).float()  # |e|^2 is the same for all
+        by_angle_BR = F.normalize(embeddings_BD) @ directions_RD.T
+        by_distance_BR = 2 * embeddings_BD @ points_RD.T - squares_R  # |e|^2 is the same for all
+        by_angle_BK, by_distance_BK = (
+            scores_BR.float().unflatten(1, (num_classes, -1)).amax(dim=2)
+            for scores_BR in (by_angle_BR, by_distance_BR)
+        )
         predicted_N[rows] = by_angle_BK.argmax(dim=1)
         rivals_N2[rows, 0] = _count_rivals(by_angle_BK, labels_N[rows])
         rivals_N2[rows, 1] = _count_rivals(by_distance_BK, labels_N[rows])
