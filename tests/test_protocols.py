@@ -168,6 +168,12 @@ def test_weights_are_the_best_of_the_grid_on_the_album_they_are_given() -> None:
     assert best_weights(validation, ALONE) == FakeWorld(2).share(lambda s: best_weights(validation, s))[1]
 
 
+def test_a_collapsed_model_recognises_no_person() -> None:
+    album = make_album(20, 0)
+    same = Album((torch.ones(20, 6) / 6**0.5,) * 3, album.identities, album.halves)
+    assert accuracy(same, (0.5, 0.3, 0.2))[0] == 0
+
+
 def test_an_album_without_one_half_is_refused() -> None:
     album = make_album(10, 0)
     with pytest.raises(UserError, match="half 1 of the split is empty"):
