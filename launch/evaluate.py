@@ -1,7 +1,12 @@
-"""Judge trained runs on their test sets: ``python launch/evaluate.py runs/NAME [runs/OTHER ...]``.
+"""Judge trained models: on the test sets of their runs, or by a published protocol.
 
-Prints a table (or JSON), and draws ``figures/*.png`` into the first run's folder. The same under
-``deepspeed`` or ``torchrun``: all ranks embed, and the numbers are the same on any number of them.
+python launch/evaluate.py RUN [RUN ...] [section.field=value ...]     the runs' own test sets, side by side
+python launch/evaluate.py RUN [RUN ...] --protocol NAME --data PATH   see the options below
+
+RUN is the folder of a run, one of its checkpoints, or (for a protocol) an ONNX file; none is needed if all
+data are embeddings that launch/embed.py wrote. Prints a table (or JSON); the runs' own sets are drawn into
+the first run's figures/ as well. The same under ``deepspeed`` or ``torchrun``: all ranks embed, and the
+numbers are the same on any number of them.
 """
 
 import argparse
@@ -14,38 +19,55 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch._main import run
+from trainer.config import ProtocolConfig
+from trainer.options import fields, load_protocol
 
 
 def main() -> None:
     """Read the command line, evaluate, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN|section.field=value",
-        help="folders of runs, and changes to their configuration",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object per run on stdout")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    parser = build_parser()
     arguments = parser.parse_intermixed_args()
     folders = [Path(text) for text in arguments.runs if "=" not in text]
     overrides = [text for text in arguments.runs if "=" in text]
-    if not folders:
+    given = {name: getattr(arguments, name) for name, *_ in fields(ProtocolConfig)}
+    texts = {name: value for name, value in given.items() if value is not None}
+    if texts and overrides:
+        parser.error(f"{overrides[0]}: a protocol has no use for a run's configuration")
+    if not texts and not folders:
         parser.error("name at least one run folder")
+    protocol = load_protocol(texts) if texts else None
 
-    from trainer.compare import compare, table  # imports torch: only once the command line is right
+    from trainer.compare import compare, judge_models, table  # torch: only once the command line is right
     from trainer.log import configure_logging
 
     configure_logging(None, int(os.environ.get("RANK", "0")))
-    metrics = compare(folders, overrides)
+    metrics = judge_models(folders, protocol) if protocol else compare(folders, overrides)
     if int(os.environ.get("RANK", "0")) == 0:
         if arguments.json:
             for path, values in metrics.items():
                 print(json.dumps({"run": path, **values}))
         else:
             print(table(metrics))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line; the options of protocols are the fields of their configuration."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="evaluate.py"
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN|section.field=value", help="models, and changes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per run on stdout")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    group = parser.add_argument_group("protocols")
+    for name, kind, default, meaning in fields(ProtocolConfig):
+        options: dict = {"metavar": "VALUE"}
+        if kind == "bool":
+            options = {"action": "store_const", "const": "true"}
+        elif kind.startswith(("tuple", "dict")):
+            options["nargs"] = "+"
+        help_text = f"{meaning} ({kind}; default {default})".replace("%", "%%")
+        group.add_argument(f"--{name.replace('_', '-')}", dest=name, help=help_text, **options)
+    return parser
 
 
 if __name__ == "__main__":

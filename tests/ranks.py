@@ -22,7 +22,7 @@ from trainer.distributed import joined_world
 _server = multiprocessing.get_context("forkserver")
 # DeepSpeed imports the last one, and with it torch's compiler (4 s), when it meets an optimizer under ZeRO.
 _server.set_forkserver_preload(
-    ["trainer.state", "trainer.joint", "deepspeed.runtime.zero.muon.muon_optimizer"]
+    ["trainer.state", "trainer.joint", "trainer.evaluate", "deepspeed.runtime.zero.muon.muon_optimizer"]
 )
 
 

@@ -105,3 +105,13 @@ def test_evaluate_gives_the_numbers_of_the_run(two_ranks: Path) -> None:
     assert done.code == 0, done.stderr
     metrics = json.loads(done.stdout.splitlines()[-1])
     assert metrics["eval/same/accuracy"] == read_metrics(two_ranks)[-1]["eval/same/accuracy"]
+
+
+def test_a_protocol_gives_the_numbers_of_the_run(two_ranks: Path, folder: Path) -> None:
+    script = REPOSITORY / "launch" / "evaluate.py"
+    options = ("--protocol", "closed_set", "--data", folder / "packed", "--json")
+    done = Started(sys.executable, script, two_ranks, *options).wait()
+    assert done.code == 0, done.stderr
+    metrics = json.loads(done.stdout.splitlines()[-1])
+    expected = read_metrics(two_ranks)[-1]["eval/same/nearest_centroid"]
+    assert metrics["eval/closed_set/accuracy"] == pytest.approx(expected)

@@ -1,19 +1,24 @@
 """Exact class-parallel training of recognition models: the map.
 
 A module imports only modules of lower levels; ``tests/test_architecture.py`` reads this drawing and checks
-it. In brackets: the heavy package that only this module imports. Start reading at ``loop``, then ``head``.
+it, a folder as one module. In brackets: the heavy package that only this module imports. Start reading at
+``loop``, then ``head``.
 
-level 6
+level 7
     loop           a run from configuration to result: train() on one screen
     compare        finished runs side by side: one table, one picture
+level 6
+    evaluate       a model on test sets: all ranks embed, all share the comparisons
 level 5
     report         what a run learned and where it errs, as one file for a browser
     classes        other classes for a checkpoint: grown, dropped, merged, matched by name
     export         a trained model for use elsewhere: timm, ONNX, torch.export, centroids, card
     warm_start     where a new run's weights come from, if not from the seed
     sheet          what a run is about to do, told before it starts
+    judge          a model judged by a protocol: sets are embedded, figures come out
 level 4
     trained        a trained model as it lies on disk: backbone, rows, names of the classes
+    bench          what every protocol works with: model, embedded sets, figures with intervals
     state          all that changes while training: built, saved, restored
     benchmark      what the head costs on this machine, in time and memory
 level 3
@@ -27,7 +32,8 @@ level 3
     engine         the backbone's engine, its configuration and its state [deepspeed]
     joint          one optimizer step of two parts: backbone inside the engine, head outside
     checkpoint     a run on disk: whole or absent, read on any number of ranks
-    evaluate       a model on test sets: all ranks embed, all share the comparisons
+    album          photo albums in PIPA's files: the regions of a person, cut out
+    embed          embeddings of image sets: in memory, as a stream, or in files for millions
     log            what a run tells: console, metrics.jsonl, log.txt and W&B [wandb]
 level 2
     sources        where images come from before they are packed: one file per family of data sets
@@ -38,6 +44,8 @@ level 2
     shards         data shards: written as tars, or indexed where they are [webdataset]
     optimizer      the optimizer of backbone and head, its state allocated at once
     figures        pictures of an evaluation and of a run [matplotlib]
+    imagesets      images to be judged, packed or in a folder, their keys and notes
+    protocols      published ways to judge features, one file each, beside its definition
 level 1
     config         every option of a run: typed, checked, documented once [pydantic]
     distributed    which rank am I, on which device, with whom [torch.distributed]

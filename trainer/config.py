@@ -22,6 +22,8 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Range = tuple[Positive, Positive]
+Region = Literal["head", "face", "upper", "whole"]
+_HEAD_ONLY: dict[Region, Path | None] = {"head": None}
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -293,6 +295,90 @@ class CheckpointConfig:
 
 
 @section
+class ProtocolConfig:
+    """A published way to judge a model, and what it is judged on. Folders may be packed, hold images, or hold
+    what `launch/embed.py` wrote."""
+
+    protocol: Literal[
+        "closed_set", "pairs", "open_set", "identification", "distractors", "reid", "persons", "retrieval",
+        "few_shot",
+    ]  # fmt: skip
+    """`closed_set` nearest centroid; `pairs` listed pairs as LFW; `open_set` all pairs; `identification` 1:N
+    with strangers as IJB; `distractors` as MegaFace; `reid` as Market-1501; `persons` as PIPA; `retrieval`
+    recall@k and MAP@R; `few_shot` n-way k-shot."""
+
+    data: Path
+    """The images to judge: probes, queries, or all there are. For `persons` the album."""
+
+    gallery: Path | None = None
+    """`closed_set`: what class means are made of (None: the head's rows). `identification`, `reid`,
+    `retrieval`: what is searched; None, for `retrieval` only, searches the data itself."""
+
+    distractors: Path | None = None
+    """Images of nobody among the probes."""
+
+    pairs: Path | None = None
+    """LFW's `pairs.txt`, or a CSV `key1,key2,same[,fold]`. None takes `pairs.csv` or `pairs.txt` of
+    the data."""
+
+    notes: Path | None = None
+    """CSV `key,person,camera,template,media` of the data; None takes KEY.json of the shards."""
+
+    gallery_notes: Path | None = None
+    """The same for the gallery."""
+
+    flip: bool = False
+    """Add the embedding of the mirror image."""
+
+    template: bool = False
+    """Pool the images of a template (a note), media first, into one feature."""
+
+    rerank: bool = False
+    """k-reciprocal re-ranking (k1 20, k2 6, lambda 0.3)."""
+
+    ks: tuple[PositiveInt, ...] | None = None
+    """Depths of top-k, rank-k and recall@k. None takes the protocol's own."""
+
+    fars: tuple[Fraction, ...] | None = None
+    """False accept rates; one that the impostors cannot support (fewer than ten errors) is refused. None
+    takes 1e-1 to 1e-6 as far as supported."""
+
+    fpirs: tuple[Fraction, ...] = (0.1, 0.01, 0.001)
+    """False positive identification rates, as far as supported."""
+
+    sizes: tuple[PositiveInt, ...] | None = None
+    """Numbers of distractors, rising. None takes 10, 100, ... and all."""
+
+    ways: PositiveInt = 20
+    """Classes of an episode."""
+
+    shots: PositiveInt = 1
+    """Examples of each class."""
+
+    queries: PositiveInt = 1
+    """Queries of each class."""
+
+    episodes: PositiveInt = 1000
+    """Random episodes."""
+
+    within: bool = False
+    """Draw the classes of an episode from those with the same first part of the name (alphabet/character)."""
+
+    splits: tuple[Literal["original", "album", "time", "day"], ...] = ("original", "album", "time", "day")
+    """Splits of the album; weights of regions are found on the validation files of the same split."""
+
+    regions: dict[Region, Path | None] = Field(default_factory=lambda: _HEAD_ONLY)
+    """Region of a person -> run whose model judges it; None is the model that is being judged."""
+
+    bootstrap: NotNegativeInt = 0
+    """Resamples of identities for a 95 % interval beside figures (`NAME_low`, `NAME_high`); 0 has none."""
+
+    missing: Literal["error", "count"] = "error"
+    """An image that cannot be decoded, or a pair whose image is not there: an error that names it, or left
+    out and counted."""
+
+
+@section
 class EvalConfig:
     """Test sets by name, and when they are looked at. Metrics are named `eval/<set>/<metric>`. A YAML file's
     sets go with its data: naming another `data.train` on the command line drops them."""
@@ -302,6 +388,9 @@ class EvalConfig:
 
     verification: dict[str, Path] = Field(default_factory=dict)
     """Sets of unseen classes: all-pairs verification and leave-one-out identification."""
+
+    protocols: dict[str, ProtocolConfig] = Field(default_factory=dict)
+    """Protocols by name, as `launch/evaluate.py --protocol` has them; its `--help` lists their fields."""
 
     every_steps: PositiveInt | None = None
     """Evaluate every so many steps. None evaluates only at the end."""
@@ -357,6 +446,7 @@ class Config:
 
 
 _ADAPTER = TypeAdapter(Config)
+_PROTOCOL = TypeAdapter(ProtocolConfig)
 
 
 class InvalidConfigError(Exception):
@@ -378,6 +468,14 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
 def to_dict(config: Config) -> dict[str, Any]:
     """Return the configuration as plain nested values that YAML and JSON can hold."""
     return _ADAPTER.dump_python(config, mode="json", by_alias=True)
+
+
+def protocol_from_dict(tree: Mapping[str, Any]) -> ProtocolConfig:
+    """Check the fields of a protocol. Raises InvalidConfigError."""
+    try:
+        return _PROTOCOL.validate_python(tree)
+    except ValidationError as error:
+        raise InvalidConfigError(error.errors()) from None
 
 
 def field_infos(cls: type) -> dict[str, FieldInfo]:
@@ -411,6 +509,8 @@ def check_across_fields(config: Config) -> None:
             raise UserError(f"augment.{name}: the first number is the smaller, got {list(values)}")
     for name in config.eval.classification.keys() & config.eval.verification.keys():
         raise UserError(f"eval.verification.{name}: eval.classification has a set of the same name")
+    for name in config.eval.protocols.keys() & {*config.eval.classification, *config.eval.verification}:
+        raise UserError(f"eval.protocols.{name}: another test set has the same name")
     if config.data.batch_size % engine.accumulation_steps:
         raise UserError(
             f"data.batch_size: {config.data.batch_size} is not divisible by "

@@ -1,12 +1,13 @@
 """Judging a model on test sets: all ranks embed, all share the comparisons, every rank gets the same numbers.
 
-Two protocols: *classification* of classes the head knows, by its own rows, and *verification* of classes it
-has never seen: are two images of the same class, and is the nearest neighbour?
+Three kinds of sets: *classification* of classes the head knows, by its own rows; *verification* of classes it
+has never seen: are two images of the same class, and is the nearest neighbour? And *protocols* of
+``trainer/judge.py``, which bring their own sets.
 
 Legend: N images of a set, B of a batch over all ranks, D width of the embedding, C classes of this rank.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,16 +20,16 @@ from torch import Tensor
 from trainer import figures, metrics
 from trainer.augment import build_eval_transform
 from trainer.backbone import image_size_of
+from trainer.bench import Model, OpenModel
 from trainer.collectives import concatenate_over, gather_batch, sum_over
 from trainer.config import Config
 from trainer.data import Batch, EvalLoader, build_eval_loader
 from trainer.distributed import World
+from trainer.embed import Embed, Reading
 from trainer.errors import UserError
 from trainer.index import Index, open_index
+from trainer.judge import check, judge
 from trainer.metrics import Verification
-
-Embed = Callable[[Tensor], Tensor]
-"""uint8 images of this rank -> embeddings; must not need gradients."""
 
 _FAR_NAMES = {1e-1: "1e-1", 1e-2: "1e-2", 1e-3: "1e-3", 1e-4: "1e-4"}
 
@@ -41,7 +42,7 @@ class SetResult:
     metrics: dict[str, float]
     """``eval/<set>/<metric>`` -> value."""
     embeddings_ND: Tensor
-    """On the CPU, in the order of the set's index; not normalised."""
+    """On the CPU, in the order of the set's index; not normalised. A protocol has none."""
     labels_N: Tensor
     class_names: tuple[str, ...]
     verification: Verification | None
@@ -59,11 +60,22 @@ class _EvalSet:
 class EvalSets:
     """The test sets of a configuration, opened once.
 
-    ``class_names`` and ``num_classes`` are those the head was trained on.
+    ``class_names`` and ``num_classes`` are those the head was trained on; ``open_model`` opens the models of
+    other regions for the protocol of persons.
     """
 
-    def __init__(self, config: Config, world: World, class_names: Sequence[str], num_classes: int) -> None:
-        self.world = world
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        class_names: Sequence[str],
+        num_classes: int,
+        open_model: OpenModel | None = None,
+    ) -> None:
+        self.world, self._open_model = world, open_model
+        self._protocols, self._reading = config.eval.protocols, reading_of(config)
+        for name, protocol in self._protocols.items():
+            check(protocol, f"eval.protocols.{name}.")
         self._sets: list[_EvalSet] = []
         for name, folder in config.eval.classification.items():
             field = f"eval.classification.{name}"
@@ -92,12 +104,28 @@ class EvalSets:
                 class_names=tuple(test_set.index.class_names),
                 verification=verification,
             )
+        for name, protocol in self._protocols.items():
+            model, prefix = Model(embed, self._reading), f"eval.protocols.{name}."
+            figures = judge(protocol, model, self.world, self._open_model, prefix)
+            values = {f"eval/{name}/{key}": value for key, value in figures}
+            yield SetResult(name, values, torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), (), None)
+
+
+def reading_of(config: Config) -> Reading:
+    """Return how the images of a run's model are read."""
+    return Reading(
+        image_size=image_size_of(config.backbone),
+        channels=config.backbone.channels,
+        workers=config.data.workers,
+    )
 
 
 def figures_of(results: Iterable[SetResult], title: str) -> Iterator[tuple[str, Figure]]:
     """Yield (name, picture) of what results show: features if they have 2 or 3 dimensions, cosines, ROC."""
     curves = {}
     for result in results:
+        if not len(result.labels_N):
+            continue  # a protocol: its figures are numbers
         if result.embeddings_ND.shape[1] in (2, 3):
             scatter = figures.feature_scatter(
                 result.embeddings_ND, result.labels_N, result.class_names, f"{title}: {result.name}"

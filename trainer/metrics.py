@@ -38,9 +38,21 @@ BLOCK = 2048  # 4M cosines: 32 MB in float64, 16 MB in float32, the rest masks a
 CURVE_POINTS = 2000
 
 
-def _alone(values: Tensor) -> Tensor:
+def alone(values: Tensor) -> Tensor:
     """Be ``total`` and ``gather`` of a world of one."""
     return values
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How ranks share work: ``part``, ``total`` and ``gather`` of the module's docstring in one argument."""
+
+    part: tuple[int, int] = (0, 1)
+    total: Callable[[Tensor], Tensor] = alone
+    gather: Callable[[Tensor], Tensor] = alone
+
+
+ALONE = Sharing()
 
 
 @dataclass(frozen=True)
@@ -76,8 +88,8 @@ class Verification:
 
 
 @dataclass(frozen=True)
-class _Images:
-    """Images sorted by label, so that a class is one run of rows; ids tell an image from itself."""
+class Images:
+    """Features, labels and ids, which tell an image from itself; often sorted by label."""
 
     features: Tensor
     labels: Tensor
@@ -86,12 +98,12 @@ class _Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, rows: slice) -> "_Images":
-        return _Images(self.features[rows], self.labels[rows], self.ids[rows])
+    def __getitem__(self, rows: slice) -> "Images":
+        return Images(self.features[rows], self.labels[rows], self.ids[rows])
 
 
 Work = TypeVar("Work")
-Tile = tuple[_Images, _Images]
+Tile = tuple[Images, Images]
 
 
 def nearest_centroid(
@@ -99,25 +111,25 @@ def nearest_centroid(
     labels_N: Tensor,
     centroids_KD: Tensor,
     part: tuple[int, int] = (0, 1),
-    total: Callable[[Tensor], Tensor] = _alone,
+    total: Callable[[Tensor], Tensor] = alone,
     block: int = BLOCK,
 ) -> float:
     """Return the fraction of images whose own centroid has a higher cosine than every other centroid.
 
     Label k means row k of the centroids, which need not be of unit length (a normalised copy is made).
     """
-    images = _by_class(features_ND, labels_N)
+    images = by_class(features_ND, labels_N)
     num_classes, device = len(centroids_KD), features_ND.device
     for label in (int(images.labels[0]), int(images.labels[-1])):
         if not 0 <= label < num_classes:
             raise UserError(f"label {label} has no centroid: there are {num_classes} classes")
-    centroids = _Images(
+    centroids = Images(
         functional.normalize(centroids_KD.to(device).float(), dim=1),
         torch.arange(num_classes, device=device),
         torch.full((num_classes,), -1, device=device),
     )
     hits = torch.zeros(1, dtype=torch.int64, device=device)
-    for rows in _share(_blocks(len(images), block), part):
+    for rows in share(blocks(len(images), block), part):
         hits += (_count_rivals(images[rows], centroids, block) == 0).sum()
     return int(total(hits)) / len(labels_N)
 
@@ -126,7 +138,7 @@ def identification(
     features_ND: Tensor,
     labels_N: Tensor,
     part: tuple[int, int] = (0, 1),
-    total: Callable[[Tensor], Tensor] = _alone,
+    total: Callable[[Tensor], Tensor] = alone,
     ranks: Sequence[int] = (1, 5),
     block: int = BLOCK,
 ) -> dict[str, float]:
@@ -136,13 +148,13 @@ def identification(
     more. All images are in the gallery. Among equals, other classes come first: rank k is a hit if fewer
     than k images of other classes have a cosine >= that of the nearest image of the same class.
     """
-    images = _by_class(features_ND, labels_N)
+    images = by_class(features_ND, labels_N)
     counts_K = torch.unique_consecutive(images.labels, return_counts=True)[1]
     num_probes = int(counts_K[counts_K > 1].sum())
     if num_probes == 0:
         raise UserError(f"no two of the {len(labels_N)} evaluated images are of the same class")
     hits = torch.zeros(len(ranks), dtype=torch.int64, device=features_ND.device)
-    for rows in _share(_blocks(len(images), block), part):
+    for rows in share(blocks(len(images), block), part):
         rivals_B = _count_rivals(images[rows], images, block)
         hits += torch.stack([((rivals_B >= 0) & (rivals_B < rank)).sum() for rank in ranks])
     accuracies = (total(hits).double() / num_probes).tolist()
@@ -159,9 +171,9 @@ def intra_inter_cosine(features_ND: Tensor, labels_N: Tensor) -> tuple[float, fl
     length of the sum of its features. Self-pairs are taken off. Sums are float64. There is no work worth
     sharing.
     """
-    images = _by_class(features_ND, labels_N)
+    images = by_class(features_ND, labels_N)
     _, class_N, counts_K = torch.unique_consecutive(images.labels, return_inverse=True, return_counts=True)
-    num_genuine, num_impostor = _count_pairs(images.labels)
+    num_genuine, num_impostor = count_pairs(images.labels)
     features_ND = images.features.double()
     sums_KD = features_ND.new_zeros(len(counts_K), features_ND.shape[1]).index_add_(0, class_N, features_ND)
     all_pairs, same_class = sums_KD.sum(0).square().sum(), sums_KD.square().sum()
@@ -177,8 +189,8 @@ def verification(
     labels_N: Tensor,
     fars: Sequence[float] = (1e-1, 1e-2, 1e-3, 1e-4),
     part: tuple[int, int] = (0, 1),
-    total: Callable[[Tensor], Tensor] = _alone,
-    gather: Callable[[Tensor], Tensor] = _alone,
+    total: Callable[[Tensor], Tensor] = alone,
+    gather: Callable[[Tensor], Tensor] = alone,
     block: int = BLOCK,
 ) -> Verification:
     """Compare all N (N - 1) / 2 pairs of images, exactly.
@@ -187,22 +199,41 @@ def verification(
     curve. Pass 1 collects the genuine scores, which stay in memory (4 bytes for each of the sum of n (n -
     1) / 2 pairs over classes of n images); pass 2 counts impostors against them and forgets each tile.
     """
-    images = _by_class(features_ND, labels_N)
-    num_genuine, num_impostor = _count_pairs(images.labels)
-    blocks = [images[rows] for rows in _blocks(len(images), block)]
-    tiles = list(itertools.combinations_with_replacement(blocks, 2))  # the upper triangle
+    images = by_class(features_ND, labels_N)
+    num_genuine, num_impostor = count_pairs(images.labels)
+    pieces = [images[rows] for rows in blocks(len(images), block)]
+    tiles = list(itertools.combinations_with_replacement(pieces, 2))  # the upper triangle
 
-    scores = gather(_genuine_scores(_share([tile for tile in tiles if _overlap(*tile)], part), images))
+    scores = gather(_genuine_scores(share([tile for tile in tiles if overlap(*tile)], part), images))
     if len(scores) != num_genuine:
         raise ValueError(f"gather returned {len(scores)} of {num_genuine} genuine scores (part is {part})")
     thresholds_T, genuine_T = np.unique(scores.cpu().numpy(), return_counts=True)
-    counts_2T = torch.from_numpy(_count_impostors(_share(tiles, part), thresholds_T))
+    counts_2T = torch.from_numpy(_count_impostors(share(tiles, part), thresholds_T))
     above_T, reaching_T = total(counts_2T.to(features_ND.device)).cpu().numpy()
 
+    edges_T = np.nextafter(thresholds_T, np.float32(np.inf))
+    return curve_of_counts(thresholds_T, edges_T, genuine_T, above_T, reaching_T, num_impostor, fars)
+
+
+def curve_of_counts(
+    thresholds_T: np.ndarray,
+    edges_T: np.ndarray,
+    genuine_T: np.ndarray,
+    above_T: np.ndarray,
+    reaching_T: np.ndarray,
+    num_impostor: int,
+    fars: Sequence[float],
+) -> Verification:
+    """Return all figures of a curve: T rising thresholds and, above each, the next value a score can have.
+
+    ``genuine_T`` genuine pairs score from threshold to edge; ``reaching_T`` impostors reach the threshold,
+    ``above_T`` the edge. Thresholds without genuine pairs may be left out.
+    """
+    num_genuine = int(genuine_T.sum())
     genuine_reaching_T = genuine_T[::-1].cumsum()[::-1]
     far_V = _vertices(0, above_T, reaching_T, num_impostor) / num_impostor
     tar_V = _vertices(0, genuine_reaching_T - genuine_T, genuine_reaching_T, num_genuine) / num_genuine
-    thresholds_V = _vertices(np.inf, np.nextafter(thresholds_T, np.float32(np.inf)), thresholds_T, -np.inf)
+    thresholds_V = _vertices(np.inf, edges_T, thresholds_T, -np.inf)
     kept = _thin(far_V, tar_V)
     return Verification(
         auc=float(np.trapezoid(tar_V, far_V)),
@@ -217,7 +248,7 @@ def verification(
     )
 
 
-def _by_class(features_ND: Tensor, labels_N: Tensor) -> _Images:
+def by_class(features_ND: Tensor, labels_N: Tensor) -> Images:
     """Check the input and sort it by label."""
     if features_ND.ndim != 2 or labels_N.shape != features_ND.shape[:1]:
         raise ValueError(
@@ -232,10 +263,10 @@ def _by_class(features_ND: Tensor, labels_N: Tensor) -> _Images:
         cause = "were they normalised?" if lengths_N[row].isfinite() else "the model has diverged"
         raise UserError(f"feature of image {row} has length {float(lengths_N[row]):g} instead of 1: {cause}")
     labels_N, order_N = labels_N.to(features_ND.device).sort(stable=True)
-    return _Images(features_ND[order_N], labels_N, torch.arange(len(labels_N), device=features_ND.device))
+    return Images(features_ND[order_N], labels_N, torch.arange(len(labels_N), device=features_ND.device))
 
 
-def _count_pairs(labels_N: Tensor) -> tuple[int, int]:
+def count_pairs(labels_N: Tensor) -> tuple[int, int]:
     """Count genuine and impostor pairs of sorted labels; refuse to go on without either."""
     counts = torch.unique_consecutive(labels_N, return_counts=True)[1].tolist()
     num_pairs = len(labels_N) * (len(labels_N) - 1) // 2
@@ -246,11 +277,12 @@ def _count_pairs(labels_N: Tensor) -> tuple[int, int]:
     return num_genuine, num_pairs - num_genuine
 
 
-def _blocks(length: int, block: int) -> Iterator[slice]:
+def blocks(length: int, block: int) -> Iterator[slice]:
+    """Cut 0..length into slices of ``block``; the last may be shorter."""
     return (slice(start, min(start + block, length)) for start in range(0, length, block))
 
 
-def _share(work: Iterable[Work], part: tuple[int, int]) -> Iterator[Work]:
+def share(work: Iterable[Work], part: tuple[int, int]) -> Iterator[Work]:
     """Deal the work out like cards, so that ranks get equally many pieces of each size."""
     rank, world = part
     if not 0 <= rank < world:
@@ -258,21 +290,21 @@ def _share(work: Iterable[Work], part: tuple[int, int]) -> Iterator[Work]:
     return itertools.islice(work, rank, None, world)
 
 
-def _cosines(rows: _Images, columns: _Images) -> Tensor:
+def cosines(rows: Images, columns: Images) -> Tensor:
     """Return B x G cosines, correctly rounded to float32 whatever the tile (see the module's docstring)."""
     return (rows.features.double() @ columns.features.double().T).float()
 
 
-def _overlap(rows: _Images, columns: _Images) -> bool:
+def overlap(rows: Images, columns: Images) -> bool:
     """Say whether the tile may hold pairs of the same class."""
     return bool(rows.labels[0] <= columns.labels[-1]) and bool(columns.labels[0] <= rows.labels[-1])
 
 
-def _genuine_scores(tiles: Iterable[Tile], images: _Images) -> Tensor:
+def _genuine_scores(tiles: Iterable[Tile], images: Images) -> Tensor:
     scores = [images.features.new_empty(0, dtype=torch.float32)]
     for rows, columns in tiles:
         wanted_BG = (rows.labels[:, None] == columns.labels) & (rows.ids[:, None] < columns.ids)
-        scores.append(_cosines(rows, columns).masked_select(wanted_BG))
+        scores.append(cosines(rows, columns).masked_select(wanted_BG))
     return torch.cat(scores)
 
 
@@ -281,29 +313,29 @@ def _count_impostors(tiles: Iterable[Tile], thresholds_T: np.ndarray) -> np.ndar
     counts_2T = np.zeros((2, len(thresholds_T)), dtype=np.int64)
     for rows, columns in tiles:
         wanted_BG = (rows.labels[:, None] != columns.labels) & (rows.ids[:, None] < columns.ids)
-        scores = _cosines(rows, columns).masked_select(wanted_BG).cpu().numpy()
+        scores = cosines(rows, columns).masked_select(wanted_BG).cpu().numpy()
         scores.sort()  # numpy's vectorised sort: three times as fast as torch's, and no array of indices
         counts_2T[0] += len(scores) - np.searchsorted(scores, thresholds_T, side="right")
         counts_2T[1] += len(scores) - np.searchsorted(scores, thresholds_T, side="left")
     return counts_2T
 
 
-def _count_rivals(probes: _Images, gallery: _Images, block: int) -> Tensor:
+def _count_rivals(probes: Images, gallery: Images, block: int) -> Tensor:
     """Count for each probe the gallery's other-class entries at least as near as the nearest of its class.
 
     -1 where the gallery has no entry of its class (but for itself).
     """
-    blocks = [gallery[columns] for columns in _blocks(len(gallery), block)]
+    pieces = [gallery[columns] for columns in blocks(len(gallery), block)]
     best_B = torch.full((len(probes),), -torch.inf, device=probes.features.device)
-    for columns in blocks:
-        if _overlap(probes, columns):
+    for columns in pieces:
+        if overlap(probes, columns):
             mate_BG = (probes.labels[:, None] == columns.labels) & (probes.ids[:, None] != columns.ids)
-            cosines_BG = _cosines(probes, columns).masked_fill(~mate_BG, -torch.inf)
+            cosines_BG = cosines(probes, columns).masked_fill(~mate_BG, -torch.inf)
             best_B = torch.maximum(best_B, cosines_BG.amax(dim=1))
     rivals_B = torch.zeros_like(probes.labels)
-    for columns in blocks:
+    for columns in pieces:
         other_BG = probes.labels[:, None] != columns.labels
-        rivals_B += ((_cosines(probes, columns) >= best_B[:, None]) & other_BG).sum(dim=1)
+        rivals_B += ((cosines(probes, columns) >= best_B[:, None]) & other_BG).sum(dim=1)
     return rivals_B.masked_fill(best_B == -torch.inf, -1)
 
 

@@ -13,7 +13,7 @@ import io
 import sys
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,9 +23,11 @@ from trainer.config import (
     Config,
     FieldInfo,
     InvalidConfigError,
+    ProtocolConfig,
     check_across_fields,
     field_infos,
     from_dict,
+    protocol_from_dict,
     to_dict,
 )
 from trainer.errors import UserError
@@ -52,6 +54,31 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
         raise UserError("; ".join(_explain(*found) for found in _per_field(error.errors).items())) from None
     check_across_fields(config)
     return config
+
+
+def load_protocol(texts: Mapping[str, str | list[str]]) -> ProtocolConfig:
+    """Check the fields of a protocol, given as text; a list is of as many values, or of ``key=value``.
+
+    Raises UserError naming the option.
+    """
+    tree: dict[str, Any] = {}
+    for name, text in texts.items():
+        if isinstance(text, str):
+            _set(tree, f"{name}={text}")
+        elif name == "regions":
+            tree[name] = {key: value or None for key, _, value in (item.partition("=") for item in text)}
+        else:
+            _set(tree, f"{name}=[{','.join(text)}]")
+    try:
+        return protocol_from_dict(tree)
+    except InvalidConfigError as error:
+        first = error.errors[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        if first["type"] == "missing":
+            raise UserError(f"--{option}: is required") from None
+        raise UserError(
+            f"--{option}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {first['input']!r}"
+        ) from None
 
 
 def dump(config: Config) -> str:
@@ -122,6 +149,7 @@ def _drop_test_sets_of_other_data(tree: dict[str, Any], overrides: Iterable[str]
     if trained_on and trained_on[-1] != str(theirs) and isinstance(evaluation, dict):
         evaluation.pop("classification", None)
         evaluation.pop("verification", None)
+        evaluation.pop("protocols", None)
 
 
 def _set(tree: dict[str, Any], override: str) -> None:
