@@ -1,7 +1,8 @@
 """Exact class-parallel training of recognition models: the map.
 
 A module imports only modules of lower levels; ``tests/test_architecture.py`` reads this drawing and checks
-it. In brackets: the heavy package that only this module imports. Start reading at ``loop``, then ``head``.
+it, a folder as one module. In brackets: the heavy package that only this module imports. Start reading at
+``loop``, then ``head``.
 
 level 6
     loop           a run from configuration to result: train() on one screen
@@ -14,6 +15,7 @@ level 4
 level 3
     packing        from a source to a finished data set: in several processes, resumable
     check          is a packed data set what its index says, to the last pixel?
+    losses         losses of whole batches beside the class softmax, and weighted sums of them
     fused          the head at its limit: no logits, no normalised copy, no dense gradient
     plan           memory, traffic and time for K classes on N GPUs, before renting them
     textbook       the class-parallel head as usually written: what the benchmark compares with

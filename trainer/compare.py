@@ -15,7 +15,7 @@ from trainer.config import Config
 from trainer.distributed import World, joined_world
 from trainer.errors import UserError
 from trainer.evaluate import EvalSets, SetResult, figures_of
-from trainer.head import CocoHead, SoftmaxHead
+from trainer.head import DenseHead
 from trainer.log import CLASSES
 from trainer.options import load
 from trainer.state import build_head, load_loss_statistics
@@ -52,7 +52,7 @@ def evaluate_run(folder: Path, config: Config, world: World) -> list[SetResult]:
     return list(test_sets.evaluate(backbone, head))
 
 
-def load_model(folder: Path, config: Config, world: World) -> tuple[Backbone, CocoHead | SoftmaxHead]:
+def load_model(folder: Path, config: Config, world: World) -> tuple[Backbone, DenseHead]:
     """Build backbone and this rank's part of the head from a run's newest checkpoint, for evaluation."""
     found = complete_checkpoints(folder / "checkpoints")
     if not found:

@@ -59,11 +59,12 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def sections(cls: type = Config) -> Iterable[tuple[str, type]]:
-    """Yield (name, class) of every section, in order."""
+def sections(cls: type = Config, prefix: str = "") -> Iterable[tuple[str, type]]:
+    """Yield (dotted name, class) of every section, in order, each before those inside it."""
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
-            yield field.name, typing.cast(type, field.type)
+            yield prefix + field.name, typing.cast(type, field.type)
+            yield from sections(typing.cast(type, field.type), f"{prefix}{field.name}.")
 
 
 def fields(cls: type) -> Iterable[tuple[str, str, str, str]]:
