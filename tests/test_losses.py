@@ -80,7 +80,7 @@ def contrastive(features: str, margin: float) -> Formula:
 def triplet(mining: str, features: str, margin: float) -> Formula:
     def formula(x_BD: Tensor, labels: list[int], rows_KD: Tensor) -> Tensor:
         x, everyone, terms = points(x_BD, features), range(len(labels)), []
-        generator = torch.Generator().manual_seed(fold(SEED, 0) >> 1)
+        generator = torch.Generator().manual_seed(fold(SEED, 0, 0) >> 1)
         uniform_BB = torch.rand(len(x), len(x), generator=generator, dtype=torch.float64)
         for a in everyone:
             d = [squared(x[a], x_D) for x_D in x]
@@ -415,19 +415,17 @@ def save_and_load_on_rank(world: World, folder: Path, is_first: bool) -> dict[st
         save(state, config, checkpoints, "data")
     else:
         resume(state, config, checkpoints, "data")
-    tensors = head_tensors(state.head, state.head_optimizer)
-    return tensors | {key: value[None] for key, value in state.head.statistics().items()}
+    return head_tensors(state.head, state.head_optimizer)
 
 
 def test_a_sum_is_saved_and_cut_anew_for_another_number_of_ranks(tmp_path: Path) -> None:
     saved, loaded = (run_on_ranks(save_and_load_on_rank, n, tmp_path, n == 2) for n in (2, 3))
     assert saved[0].keys() == loaded[0].keys()
     frozen = "parts.center.centres.rows_CD"
-    assert {f"parameter.{frozen}", "triplet.draws"} < saved[0].keys()
+    assert f"parameter.{frozen}" in saved[0]
     assert f"optimizer.momentum_buffer.{frozen}" not in saved[0]
-    for key in saved[0].keys() - {"triplet.draws"}:
+    for key in saved[0]:
         assert torch.equal(torch.cat([r[key] for r in saved]), torch.cat([r[key] for r in loaded])), key
-    assert all(int(result["triplet.draws"]) == 1 for result in loaded)
 
 
 @pytest.mark.parametrize(

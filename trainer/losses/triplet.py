@@ -35,6 +35,7 @@ class TripletLoss(DenseHead):
     """Hinge on squared distances; holds no rows."""
 
     can_judge = False
+
     def __init__(
         self,
         shard: ClassShard,
