@@ -36,7 +36,7 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
 
     Raises UserError with one line naming the field, the value and, for a typo, the nearest name.
     """
-    tree = _read_yaml(path) if path is not None else {}
+    tree = read_yaml(path) if path is not None else {}
     overrides = list(overrides)
     _drop_test_sets_of_other_data(tree, overrides)
     for override in overrides:
@@ -100,7 +100,8 @@ def markdown() -> str:
     return out.getvalue()
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds. Raises UserError naming the file."""
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
