@@ -99,7 +99,8 @@ class BackboneConfig:
     """The network that turns images into embeddings, copied on every rank."""
 
     name: str = "resnet18"
-    """Any timm model by name, or one of `trainer/networks.py` (such as `lenetpp`)."""
+    """Any timm model by name, or one of `trainer/networks.py` (`lenetpp`, `lenetspp`, `preact_resnet`,
+    `resnet9`, `resnet9_small`)."""
 
     image_size: PositiveInt | None = None
     """Side of the square input in pixels. None takes the model's own size."""
@@ -122,9 +123,9 @@ class BackboneConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in backward to save memory."""
 
-    neck: Literal["none", "linear", "bn_linear", "bn_linear_bn"] = "bn_linear"
-    """Between the pooled output and the embedding: nothing; dropout and a linear layer; the same behind a
-    batch norm; or between two."""
+    neck: Literal["none", "linear", "linear_prelu", "bn_linear", "bn_linear_bn"] = "bn_linear"
+    """Between the pooled output and the embedding: nothing; dropout and a linear layer; the same before a
+    PReLU (the papers' softmax on MNIST), behind a batch norm, or between two."""
 
     embedding_dim: PositiveInt | None = 512
     """Width D of the embedding. None takes the width of the pooled output."""

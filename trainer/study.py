@@ -26,6 +26,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -104,15 +105,8 @@ def load_study(path: Path, root: Path, overrides: Sequence[str] = ()) -> Study:
             folder = root / path.stem / f"{'-'.join(map(str, row))}-seed{seed}"
             row_names = tuple(map(str, row))
             runs.append(Run(row_names, seed, folder, (*texts, *overrides, f"seed={seed}")))
-    study = Study(
-        path.stem,
-        Path(tree["base"]),
-        axes,
-        baseline,
-        tuple(tree["metrics"]),
-        tree.get("ranks", 1),
-        tuple(runs),
-    )
+    ranks, metrics = tree.get("ranks", 1), tuple(tree["metrics"])
+    study = Study(path.stem, Path(tree["base"]), axes, baseline, metrics, ranks, tuple(runs))
     for run in {run.row: run for run in study.runs}.values():
         load(study.base, run.overrides)  # a typo in the last row is met now
     return study
@@ -125,7 +119,7 @@ def run_study(study: Study, parallel: int = 1, execute: Execute | None = None) -
     """
     waiting = [run for run in study.runs if not _is_finished(run, study)]
     log.info("study %s: %d of %d runs to do", study.name, len(waiting), len(study.runs))
-    execute = execute or _execute
+    execute, one_at_a_time = execute or _execute, threading.Lock()
 
     def do(numbered: tuple[int, Run]) -> Run | None:
         number, run = numbered
@@ -138,7 +132,8 @@ def run_study(study: Study, parallel: int = 1, execute: Execute | None = None) -
         record = {**_settings(run, study), "seconds": round(time.monotonic() - began, 1)}
         (run.folder / "study.json").write_text(json.dumps(record, indent=1) + "\n")
         log.info("finished %s", run.folder)
-        write_table(study)
+        with one_at_a_time:
+            write_table(study)
         return None
 
     with ThreadPoolExecutor(parallel) as pool:
@@ -215,7 +210,7 @@ def summary(study: Study, found: Results) -> list[dict]:
 def _baseline_of(study: Study, row: tuple[str, ...]) -> tuple[str, ...]:
     """Return the row with the baseline in place of its own value on that axis."""
     return tuple(
-        str(study.baseline) if study.baseline in map(str, values) else name
+        str(study.baseline) if study.baseline in [str(value) for value in values] else name
         for values, name in zip(study.axes.values(), row, strict=True)
     )
 
