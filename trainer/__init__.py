@@ -24,6 +24,7 @@ level 3
     checkpoint     a run on disk: whole or absent, read on any number of ranks
     evaluate       a model on test sets: all ranks embed, all share the comparisons
     study          one recipe, many rows and seeds: run what is missing, one table with a paired test
+    pictures       losses side by side and over time, centres, the bounds of alpha [matplotlib]
     log            what a run tells: console, metrics.jsonl, log.txt and W&B [wandb]
 level 2
     sources        where images come from before they are packed: one file per family of data sets

@@ -390,6 +390,10 @@ class EvalConfig:
     batch_size: PositiveInt = 256
     """Images of one evaluation batch, over all ranks."""
 
+    save_embeddings: bool = False
+    """Keep `embeddings/<set>-<step>.safetensors` of every evaluation in the run's folder, to draw how
+    features move: `launch/pictures.py`."""
+
 
 @section
 class LogConfig:

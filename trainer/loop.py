@@ -72,6 +72,8 @@ def train(config: Config) -> dict[str, float]:
                 if log_run.is_due(state.step, config.eval.every_steps):
                     results = evaluate(state, test_sets)
                     log_run.add(metrics_of(results))
+                    for result in results if config.eval.save_embeddings else ():
+                        log_run.embeddings(result.name, result.embeddings_ND, result.labels_N, state.step)
                 log_run.write(state.step)
                 if log_run.is_due(state.step, config.checkpoint.every_steps):
                     save(state, config, checkpoints, index.fingerprint)
