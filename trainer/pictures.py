@@ -74,7 +74,7 @@ def save_animation(frames: Frames, path: Path, class_names: Sequence[str] | None
         figure = figures.feature_scatter(embeddings_ND, labels_N, class_names, f"{title}, step {step}")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=80)
-        images.append(Image.open(buffer).convert("RGB").quantize(128))
+        images.append(Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE))
     durations = [300] * (len(images) - 1) + [2000]
     path.parent.mkdir(parents=True, exist_ok=True)
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
