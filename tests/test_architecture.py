@@ -48,6 +48,7 @@ WITHOUT_TORCH = (
     "sources",
     "packing",
     "check",
+    "study",
 )
 
 

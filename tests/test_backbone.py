@@ -58,6 +58,35 @@ def test_lenetpp_takes_other_sizes(side: int, last: int, group: ProcessGroup) ->
 
 
 @pytest.mark.parametrize(
+    ("name", "channels", "side", "width", "parameters"),
+    [
+        ("lenetspp", 1, 28, 1152, 798_307 - 3 * 1153 + 2 * (32 + 64 + 128)),  # less FC 3, with PReLU's slopes
+        ("preact_resnet", 1, 28, 128, 160 + 14_528 + 19_680 + 57_728 + 78_272 + 230_144 + 256),
+        (
+            "resnet9",
+            3,
+            32,
+            512,
+            9 * (3 * 64 + 64 * 128 + 2 * 128**2 + 128 * 256 + 256 * 512 + 2 * 512**2) + 4480,
+        ),
+        ("resnet9_small", 3, 32, 256, 9 * (96 + 2048 + 2 * 64**2 + 64 * 128 + 128 * 256 + 2 * 256**2) + 2240),
+    ],
+)
+def test_networks_of_the_papers_have_their_widths_and_parameters(
+    name: str, channels: int, side: int, width: int, parameters: int, group: ProcessGroup
+) -> None:
+    backbone = build_backbone(config_of(name=name, channels=channels), group)
+    assert backbone(pixels(channels, side)).shape == (2, width)
+    assert num_parameters(backbone) == parameters
+
+
+def test_a_linear_prelu_neck_ends_in_a_slope_per_dimension(group: ProcessGroup) -> None:
+    neck = build_backbone(config_of(neck="linear_prelu", embedding_dim=3), group).neck
+    assert [type(layer).__name__ for layer in neck] == ["Dropout", "Linear", "PReLU"]
+    assert neck[2].weight.shape == (3,)
+
+
+@pytest.mark.parametrize(
     ("name", "channels", "image_size", "dim"),
     [
         ("test_resnet", 3, 32, 96),

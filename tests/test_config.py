@@ -1,4 +1,5 @@
 import dataclasses
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def test_two_test_sets_cannot_share_a_name_and_thus_a_metric():
 
 def test_a_configuration_cannot_be_changed():
     config = from_dict(tree())
-    for section in [config, *(getattr(config, name) for name, _ in sections())]:
+    for section in [config, *(attrgetter(name)(config) for name, _ in sections())]:
         name = dataclasses.fields(section)[0].name
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(section, name, None)

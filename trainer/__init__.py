@@ -26,6 +26,7 @@ level 3
     check          is a packed data set what its index says, to the last pixel?
     diagnostics    near centroids, weak classes, effective rank: a head and its embeddings from inside
     class_means    the mean feature of every class in one pass: where a centroid best begins
+    losses         losses of whole batches beside the class softmax, and weighted sums of them
     fused          the head at its limit: no logits, no normalised copy, no dense gradient
     plan           memory, traffic and time for K classes on N GPUs, before renting them
     textbook       the class-parallel head as usually written: what the benchmark compares with
@@ -34,6 +35,9 @@ level 3
     checkpoint     a run on disk: whole or absent, read on any number of ranks
     album          photo albums in PIPA's files: the regions of a person, cut out
     embed          embeddings of image sets: in memory, as a stream, or in files for millions
+    evaluate       a model on test sets: all ranks embed, all share the comparisons
+    study          one recipe, many rows and seeds: run what is missing, one table with a paired test
+    pictures       losses side by side and over time, centres, the bounds of alpha [matplotlib]
     log            what a run tells: console, metrics.jsonl, log.txt and W&B [wandb]
 level 2
     sources        where images come from before they are packed: one file per family of data sets

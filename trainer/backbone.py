@@ -19,16 +19,44 @@ from torch.distributed import ProcessGroup
 from trainer.batchnorm import use_global_statistics
 from trainer.config import BackboneConfig
 from trainer.errors import UserError
-from trainer.networks import LENETPP_INPUT, LeNetPP
+from trainer.networks import INPUTS, LeNetPP, PreActResNet, ResNet9
 
 
 @register_model
 def lenetpp(pretrained: bool = False, **kwargs: int) -> LeNetPP:
     """Build LeNet++ by ``timm.create_model("lenetpp")``. Raises ValueError for what it does not have."""
-    if pretrained or "drop_path_rate" in kwargs:
+    return LeNetPP(**_known(pretrained, kwargs, "in_chans", "img_size"))
+
+
+@register_model
+def lenetspp(pretrained: bool = False, **kwargs: int) -> LeNetPP:
+    """Build the LeNets++ of center loss. Raises ValueError for what it does not have."""
+    return LeNetPP(**_known(pretrained, kwargs, "in_chans", "img_size"), last_pool=2)
+
+
+@register_model
+def preact_resnet(pretrained: bool = False, **kwargs: int) -> PreActResNet:
+    """Build the network of the standalone center loss. Raises ValueError for what it does not have."""
+    return PreActResNet(**_known(pretrained, kwargs, "in_chans"))
+
+
+@register_model
+def resnet9(pretrained: bool = False, **kwargs: int) -> ResNet9:
+    """Build ResNet-9 for 32 x 32 pixels. Raises ValueError for what it does not have."""
+    return ResNet9(**_known(pretrained, kwargs, "in_chans"))
+
+
+@register_model
+def resnet9_small(pretrained: bool = False, **kwargs: int) -> ResNet9:
+    """Build ResNet-9 of half the width: a quarter of the work. Raises ValueError for what it has not."""
+    return ResNet9(**_known(pretrained, kwargs, "in_chans"), width=32)
+
+
+def _known(pretrained: bool, options: dict[str, int], *names: str) -> dict[str, int]:
+    """Return the options of these names; timm passes more to every model."""
+    if pretrained or "drop_path_rate" in options:
         raise ValueError("there are neither published weights nor stochastic depth")
-    known = {key: value for key, value in kwargs.items() if key in ("in_chans", "img_size")}
-    return LeNetPP(**known)
+    return {key: value for key, value in options.items() if key in names}
 
 
 class Backbone(nn.Module):
@@ -99,8 +127,8 @@ def input_defaults(name: str) -> dict:
 
     Raises UserError for a tag (what follows the dot) that timm does not know.
     """
-    if name == "lenetpp":
-        return dict(LENETPP_INPUT)
+    if name in INPUTS:
+        return dict(INPUTS[name])
     try:
         pretrained = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
@@ -130,6 +158,8 @@ def _build_neck(config: BackboneConfig, width: int) -> nn.Module:
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
     layers: list[nn.Module] = [nn.Dropout(config.dropout), linear]
+    if config.neck == "linear_prelu":
+        layers.append(nn.PReLU(dim))
     if config.neck in ("bn_linear", "bn_linear_bn"):
         layers.insert(0, nn.BatchNorm1d(width))
     if config.neck == "bn_linear_bn":

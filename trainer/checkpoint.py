@@ -137,7 +137,7 @@ def head_tensors(head: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     tensors = {}
     for name, parameter in head.named_parameters():
         tensors[f"parameter.{name}"] = parameter.detach().cpu()
-        for key in state_keys(optimizer):
+        for key in state_keys(optimizer) if parameter.requires_grad else ():
             tensors[f"optimizer.{key}.{name}"] = optimizer.state[parameter][key].detach().cpu()
     return tensors
 
@@ -146,10 +146,12 @@ def head_tensors(head: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 def load_head(
     head: nn.Module, optimizer: Optimizer | None, tensors: dict[str, Tensor], steps: int = 0
 ) -> None:
-    """Set what ``head_tensors`` returned; without an optimizer only the rows."""
+    """Set what ``head_tensors`` returned; without an optimizer only the rows. Raises UserError."""
     for name, parameter in head.named_parameters():
+        if f"parameter.{name}" not in tensors:
+            raise UserError(f"loss.name, loss.extra: checkpoint of another loss: it has no {name}")
         parameter.copy_(tensors[f"parameter.{name}"])
-        for key in state_keys(optimizer) if optimizer else ():
+        for key in state_keys(optimizer) if optimizer and parameter.requires_grad else ():
             assert optimizer is not None
             optimizer.state[parameter][key].copy_(tensors[f"optimizer.{key}.{name}"])
     if optimizer:

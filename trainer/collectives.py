@@ -5,7 +5,7 @@ Whoever wants to know what a step sends reads this file. All functions are colle
 dimensions are written ``...``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -50,6 +50,18 @@ class _UndoRankAverage(torch.autograd.Function):
         return grad_N * ctx.num_ranks, None
 
 
+class _SumOfParts(torch.autograd.Function):
+    """Forward: all-reduce SUM. Backward: identity."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: ProcessGroup) -> Tensor:
+        return sum_over(part, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
 def gather_batch(x_N: Tensor, group: ProcessGroup) -> Tensor:
     """Return the rows of all ranks, (N, ...) -> (B, ...), in rank order; N must be equal on all ranks.
 
@@ -67,6 +79,14 @@ def gather_labelled(x_ND: Tensor, labels_N: Tensor, group: ProcessGroup) -> tupl
     return both_BE[:, :-2], labels_B
 
 
+def gather_rows(x_CD: Tensor, rows_of_rank: Sequence[int], group: ProcessGroup) -> Tensor:
+    """``gather_batch`` of a matrix whose rank r holds ``rows_of_rank[r]`` rows; its gradient is as exact."""
+    longest = max(rows_of_rank)
+    padded = torch.cat([x_CD, x_CD.new_zeros((longest - x_CD.shape[0], *x_CD.shape[1:]))])
+    gathered = gather_batch(padded, group).unflatten(0, (group.size(), longest))
+    return torch.cat([rows[:n] for rows, n in zip(gathered, rows_of_rank, strict=True)])
+
+
 def undo_rank_average(x_N: Tensor, group: ProcessGroup) -> Tensor:
     """Return x unchanged and multiply its gradient by the number of ranks R.
 
@@ -76,6 +96,14 @@ def undo_rank_average(x_N: Tensor, group: ProcessGroup) -> Tensor:
     ``tests/test_joint.py`` pins it with SGD. Communicates nothing.
     """
     return _UndoRankAverage.apply(x_N, group.size())
+
+
+def sum_of_parts(part: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the sum over ranks of the parts of a loss; its gradient is that of this rank's own part.
+
+    With features from ``gather_batch`` that is exact: its backward adds up what every part asks of a row.
+    """
+    return _SumOfParts.apply(part, group)
 
 
 def sum_over(x: Tensor, group: ProcessGroup) -> Tensor:

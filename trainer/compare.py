@@ -22,7 +22,7 @@ from trainer.distributed import World, joined_world
 from trainer.embed import Embeddings, Reading, write_embeddings
 from trainer.errors import UserError
 from trainer.evaluate import EvalSets, SetResult, figures_of, reading_of
-from trainer.head import ClassShard, CocoHead, SoftmaxHead
+from trainer.head import ClassShard, DenseHead
 from trainer.imagesets import open_images
 from trainer.judge import judge
 from trainer.log import CLASSES
@@ -175,7 +175,7 @@ def _class_names(folder: Path) -> list[str]:
         raise UserError(f"{folder / CLASSES}: cannot read the names of the classes: {error}") from None
 
 
-def load_model(folder: Path, config: Config, world: World) -> tuple[Backbone, CocoHead | SoftmaxHead]:
+def load_model(folder: Path, config: Config, world: World) -> tuple[Backbone, DenseHead]:
     """Build backbone and this rank's part of the head from a run's newest checkpoint, for evaluation."""
     checkpoint = _checkpoint_of(folder)
     backbone = _load_backbone(checkpoint, config, world)

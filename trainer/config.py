@@ -33,6 +33,13 @@ def section(cls: type[T]) -> type[T]:
     return cast(type[T], checked_dataclass(frozen=True, kw_only=True, slots=True, config=strict)(cls))
 
 
+ROWLESS = frozenset({"triplet", "contrastive", "coco_minibatch"})
+"""Losses that hold no row per class."""
+
+UNFUSED = ROWLESS | {"softmax", "center", "standalone_center"}
+"""Losses that the fused head does not have: those not of cosines to centroids."""
+
+
 @section
 class RunConfig:
     """Where a run lives."""
@@ -94,7 +101,8 @@ class BackboneConfig:
     """The network that turns images into embeddings, copied on every rank."""
 
     name: str = "resnet18"
-    """Any timm model by name, or one of `trainer/networks.py` (such as `lenetpp`)."""
+    """Any timm model by name, or one of `trainer/networks.py` (`lenetpp`, `lenetspp`, `preact_resnet`,
+    `resnet9`, `resnet9_small`)."""
 
     image_size: PositiveInt | None = None
     """Side of the square input in pixels. None takes the model's own size."""
@@ -117,9 +125,9 @@ class BackboneConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in backward to save memory."""
 
-    neck: Literal["none", "linear", "bn_linear", "bn_linear_bn"] = "bn_linear"
-    """Between the pooled output and the embedding: nothing; dropout and a linear layer; the same behind a
-    batch norm; or between two."""
+    neck: Literal["none", "linear", "linear_prelu", "bn_linear", "bn_linear_bn"] = "bn_linear"
+    """Between the pooled output and the embedding: nothing; dropout and a linear layer; the same before a
+    PReLU (the papers' softmax on MNIST), behind a batch norm, or between two."""
 
     embedding_dim: PositiveInt | None = 512
     """Width D of the embedding. None takes the width of the pooled output."""
@@ -133,21 +141,110 @@ class BackboneConfig:
 
 
 @section
+class CenterConfig:
+    """Center loss (Wen et al., 2016): distance to class centres that follow the images."""
+
+    weight: NotNegative = 0.003
+    """Factor lambda of the center loss in `loss.name: center`, which is softmax + lambda center."""
+
+    update: Literal["alpha", "sgd"] = "alpha"
+    """How centres move: `alpha`, the paper's eq. 4; `sgd`, plain descent of the mean squared distance."""
+
+    rate: Positive = 0.5
+    """The paper's alpha (up to 1), or the learning rate of `sgd`."""
+
+    features: Literal["raw", "unit"] = "raw"
+    """Distances of embeddings as they are, or divided by their lengths."""
+
+
+@section
+class TripletConfig:
+    """Triplet loss on squared Euclidean distances, over the triplets of the global batch."""
+
+    margin: Positive = 0.2
+    """By how much a squared distance within a class should be smaller than one to another class."""
+
+    mining: Literal["all", "random_violating", "semi_hard", "batch_hard"] = "random_violating"
+    """Which triplets count: every one; per pair of a class one random negative of those that violate the
+    margin; the nearest one beyond the pair; per image the farthest of its class and the nearest other."""
+
+    features: Literal["unit", "raw"] = "unit"
+    """Distances of embeddings divided by their lengths, or as they are."""
+
+
+@section
+class ContrastiveConfig:
+    """Contrastive loss over all pairs of the global batch."""
+
+    margin: Positive = 1.0
+    """Distance that images of different classes should keep."""
+
+    features: Literal["unit", "raw"] = "unit"
+    """Distances of embeddings divided by their lengths, or as they are."""
+
+
+@section
+class StandaloneCenterConfig:
+    """Standalone center loss: trained centres attract their images, and a second term parts the classes."""
+
+    inter: Literal["images", "centres", "classifier"] = "images"
+    """What parts them: distances of images of different classes; distances of centres; a linear layer and
+    a softmax over the centres."""
+
+    intra_weight: NotNegative = 1.0
+    """Weight of the attraction."""
+
+    inter_weight: NotNegative = 0.1
+    """Weight of what parts classes."""
+
+    log_offset: NotNegative = 0.0
+    """`images`: added to squared distances under the logarithm. The published rows have 1, their text 0."""
+
+    exponent: Positive = 0.01
+    """`centres`: the attraction is exp(exponent x squared distance)."""
+
+
+@section
 class LossConfig:
     """What is minimised."""
 
     name: Literal[
-        "coco", "softmax", "cosface", "arcface", "combined", "sphereface", "curricularface", "adaface",
-        "magface", "elasticface_arc", "elasticface_cos", "adacos", "normface", "uniface",
+        "coco", "softmax", "center", "triplet", "contrastive", "coco_minibatch", "standalone_center",
+        "cosface", "arcface", "combined", "sphereface", "curricularface", "adaface", "magface",
+        "elasticface_arc", "elasticface_cos", "adacos", "normface", "uniface",
     ] = "coco"  # fmt: skip
     """`coco`: scaled cosine softmax over learned unit centroids. `softmax`: inner products and a bias,
-    the baseline. The others are COCO with a margin or another rule for the scale: docs/coco.md."""
+    the baseline. `center` (softmax + center loss), `triplet`, `contrastive`, `coco_minibatch` (version 1 of
+    COCO) and `standalone_center`: trainer/losses. The others are COCO with a margin or another rule for the
+    scale: docs/coco.md."""
+
+    extra: dict[
+        Literal["coco", "softmax", "center", "triplet", "contrastive", "coco_minibatch", "standalone_center"],
+        NotNegative,
+    ] = Field(default_factory=dict)
+    """Losses added to `loss.name`, each with its weight: `{triplet: 0.1, center: 0.003}`. `center: 0` changes
+    nothing but keeps the running mean of every class, for evaluation by nearest centre."""
 
     margins: dict[str, float] = Field(default_factory=dict)
     """Numbers of a margin loss that differ from its paper's, by name: `{margin: 0.4}` for cosface."""
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target's probability that is spread evenly over all classes."""
+
+    center: CenterConfig = Field(default_factory=CenterConfig)
+    triplet: TripletConfig = Field(default_factory=TripletConfig)
+    contrastive: ContrastiveConfig = Field(default_factory=ContrastiveConfig)
+    standalone_center: StandaloneCenterConfig = Field(default_factory=StandaloneCenterConfig)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Name -> weight of every term. Terms without rows get centres, of weight 0, to be evaluated by."""
+        terms: dict[str, float] = {"softmax" if self.name == "center" else self.name: 1.0}
+        for name, weight in self.extra.items():
+            terms[name] = weight
+        if self.name == "center":
+            terms["center"] = self.center.weight
+        return terms if terms.keys() - ROWLESS else {**terms, "center": 0.0}
 
 
 @section
@@ -398,6 +495,10 @@ class EvalConfig:
     batch_size: PositiveInt = 256
     """Images of one evaluation batch, over all ranks."""
 
+    save_embeddings: bool = False
+    """Keep `embeddings/<set>-<step>.safetensors` of every evaluation in the run's folder, to draw how
+    features move: `launch/pictures.py`."""
+
 
 @section
 class LogConfig:
@@ -498,9 +599,15 @@ def check_across_fields(config: Config) -> None:
     if config.init.head and (config.init.from_ is None or config.init.centroids == "class_means"):
         raise UserError("init.head: needs init.from, and init.centroids=random")
     head = config.head
-    if head.state_dtype == "bfloat16" and (head.update != "fused" or config.loss.name == "softmax"):
+    loss = config.loss
+    if head.state_dtype == "bfloat16" and (head.update != "fused" or loss.name in UNFUSED):
         raise UserError("head.state_dtype: bfloat16 needs head.update=fused and a loss of cosines")
     _check_variants(config)
+    for term, weight in loss.extra.items():
+        if term == loss.name or (term == "softmax" and loss.name == "center"):
+            raise UserError(f"loss.extra.{term}: is a part of loss.name={loss.name} already")
+        if weight == 0 and term != "center":
+            raise UserError(f"loss.extra.{term}: 0 has no effect; only center may have it, got 0")
     for name, values in (("mean", backbone.mean), ("std", backbone.std)):
         if values is not None and len(values) not in (1, backbone.channels):
             raise UserError(f"backbone.{name}: has {len(values)} numbers for {backbone.channels} channels")
@@ -521,11 +628,11 @@ def check_across_fields(config: Config) -> None:
 def _check_variants(config: Config) -> None:
     """Refuse what the head cannot do together. Raises UserError."""
     loss, head = config.loss, config.head
-    if loss.label_smoothing and loss.name in ("softmax", "curricularface", "normface", "uniface"):
+    if loss.label_smoothing and loss.name in UNFUSED | {"curricularface", "normface", "uniface"}:
         raise UserError(f"loss.label_smoothing: {loss.label_smoothing} is not defined with {loss.name}")
-    if head.sub_centroids > 1 and (loss.name == "softmax" or loss.label_smoothing):
+    if head.sub_centroids > 1 and (loss.name in UNFUSED or loss.extra or loss.label_smoothing):
         raise UserError(
-            f"head.sub_centroids: {head.sub_centroids} needs a loss of cosines without label smoothing"
+            f"head.sub_centroids: {head.sub_centroids} needs a loss of cosines alone, without label smoothing"
         )
     if head.side_stream:
         others: dict[str, tuple[Any, Any]] = {
@@ -533,6 +640,7 @@ def _check_variants(config: Config) -> None:
             "optim.clip_norm": (config.optim.clip_norm, None),
             "engine.accumulation_steps": (config.engine.accumulation_steps, 1),
         }
+        others["loss.extra"] = (loss.extra, {})
         _require(f"head.side_stream: {head.side_stream}", others)
         if config.engine.dtype == "float16":
             raise UserError(
@@ -546,7 +654,7 @@ def _check_variants(config: Config) -> None:
             "engine.accumulation_steps": (config.engine.accumulation_steps, 1),
         }
         _require(f"head.sample_rate: {head.sample_rate}", others)
-        if loss.name == "softmax":
+        if loss.name in UNFUSED:
             raise UserError(f"head.sample_rate: {head.sample_rate} needs a loss of cosines")
 
 

@@ -184,22 +184,21 @@ def _embed_all(embed: Embed, loader: Iterable[Batch], world: World) -> tuple[Ten
 
 @torch.no_grad()
 def _classify(embeddings_ND: Tensor, labels_N: Tensor, head: Any) -> dict[str, float]:
-    """Return loss and accuracy by the head's own scores, and accuracy by its nearest unit row."""
-    sums = torch.zeros(3, dtype=torch.float64)
+    """Return loss and accuracy by the head's own scores, by its nearest unit row, and by class centres."""
+    sums: dict[str, float] = {}
     for embeddings_BD, labels_B in zip(embeddings_ND.split(1024), labels_N.split(1024), strict=True):
         output = head.of_embeddings(embeddings_BD, labels_B)
-        by_direction = head.accuracy_by_direction(embeddings_BD, labels_B)
-        means = [output.loss, output.metrics["accuracy"], by_direction]
-        sums += len(labels_B) * torch.stack(means).double().cpu()
-    loss, accuracy, nearest_centroid = (sums / len(labels_N)).tolist()
+        means = {
+            "loss": output.loss,
+            "accuracy": output.metrics["accuracy"],
+            "nearest_centroid": head.accuracy_by_direction(embeddings_BD, labels_B),
+            **head.accuracy_by_centres(embeddings_BD, labels_B),
+        }
+        for name, mean in means.items():
+            sums[name] = sums.get(name, 0.0) + len(labels_B) * float(mean)
     intra, inter = metrics.intra_inter_cosine(F.normalize(embeddings_ND), labels_N)
-    return {
-        "loss": loss,
-        "accuracy": accuracy,
-        "nearest_centroid": nearest_centroid,
-        "cosine_intra": intra,
-        "cosine_inter": inter,
-    }
+    means_of_all = {name: total / len(labels_N) for name, total in sums.items()}
+    return {**means_of_all, "cosine_intra": intra, "cosine_inter": inter}
 
 
 def _verify(features_ND: Tensor, labels_N: Tensor, world: World) -> tuple[Verification, dict[str, float]]:

@@ -388,7 +388,7 @@ def centroid_cosines(counts: np.ndarray, title: str) -> Figure:
     return figure
 
 
-def class_sizes(images_K: Sequence[int], values_K: Sequence[float], value: str, title: str) -> Figure:
+def value_by_class_size(images_K: Sequence[int], values_K: Sequence[float], value: str, title: str) -> Figure:
     """Draw what classes reach over how many images they were trained on."""
     figure = _new_figure(6.4, 3.2)
     axes = _new_axes(figure, "training images of the class", value)

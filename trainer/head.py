@@ -15,6 +15,7 @@ Rank r holds rows ``start..stop`` of the K x D centroids and nothing else of the
 Legend: N images of this rank, B of all ranks, C classes of this rank, K of all, D width of the embedding.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,6 +74,9 @@ class DenseHead(nn.Module):
     norm_is_cheap = True
     """Whether ``squared_norm`` is much faster than ``update``."""
 
+    can_judge = True
+    """Whether it holds a row per class, by which an image can be classified."""
+
     last_seen_C: Tensor
 
     def __init__(self, shard: ClassShard, group: ProcessGroup, row_shard: ClassShard | None = None) -> None:
@@ -103,9 +107,7 @@ class DenseHead(nn.Module):
 
     def squared_norm(self) -> Tensor:
         """Return the squared length of the gradient of this rank's rows (float64); communicates nothing."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-        return torch.stack(norms).square().sum()
+        return squared_length(self.parameters())
 
     def norm_bound(self) -> float:
         """Return a number that the length of the gradient over all ranks does not exceed; cheap."""
@@ -117,12 +119,32 @@ class DenseHead(nn.Module):
     @torch.no_grad()
     def update(self, optimizer: Optimizer, *, divisor: float, step: int) -> Tensor:
         """Divide the gradient by ``divisor`` and apply it; return its squared length before that."""
-        squared_norm = self.squared_norm()
-        for parameter in self.parameters():
-            if parameter.grad is not None and divisor != 1.0:
-                parameter.grad.div_(divisor)
-        optimizer.step()
+        squared_norm = apply_gradients(self.parameters(), optimizer, divisor)
+        self.settle()
         return squared_norm
+
+    def of_embeddings(self, embeddings_BD: Tensor, labels_B: Tensor) -> HeadOutput:
+        """Return loss and metrics of a batch that every rank holds whole. Every rank must call it."""
+        raise NotImplementedError
+
+    def directions_CD(self) -> Tensor:
+        """Return the unit vectors that stand for this rank's classes; communicates nothing."""
+        raise NotImplementedError
+
+    def accuracy_by_direction(self, embeddings_BD: Tensor, labels_B: Tensor) -> Tensor:
+        """Return the share of a whole batch whose nearest direction is the right one. Collective."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Move what moves without a gradient; only called in a step that is applied."""
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Return the running numbers of the loss, the same on every rank: a checkpoint keeps them."""
+        return {}
+
+    def accuracy_by_centres(self, embeddings_BD: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
+        """Return the accuracies of a whole batch by class centres, if the loss keeps any. Collective."""
+        return {}
 
     def end_step(self, applied: bool = True) -> None:
         """Forget the gradient: it was used, or the step was skipped."""
@@ -243,6 +265,10 @@ class CocoHead(DenseHead):
             self.loss.learn(targets_B, log_sum_B, slope_B)
         self._observed.clear()
 
+    def statistics(self) -> dict[str, Tensor]:
+        """Return the running statistics of a margin; COCO has none."""
+        return dict(self.loss.named_buffers())
+
     def directions_CD(self) -> Tensor:
         """Return the unit vectors that stand for this rank's classes; communicates nothing."""
         return F.normalize(self.centroids_CD.detach().float())
@@ -282,6 +308,26 @@ class SoftmaxHead(DenseHead):
         cosine_BC = F.normalize(embeddings_BD.float()) @ self.directions_CD().T
         target_B, other_B = target_and_other(cosine_BC, labels_B, self.shard, self.group)
         return (target_B > other_B).float().mean()
+
+
+def squared_length(parameters: Iterable[Tensor]) -> Tensor:
+    """Return the squared length of the gradients that there are, as a float64."""
+    parameters = list(parameters)
+    device = parameters[0].device if parameters else None
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    return sum((norm.square() for norm in norms), torch.zeros((), dtype=torch.float64, device=device))
+
+
+def apply_gradients(parameters: Iterable[Tensor], optimizer: Optimizer, divisor: float) -> Tensor:
+    """Divide the gradients by ``divisor`` and apply them; return their squared length before that."""
+    parameters = list(parameters)
+    squared_norm = squared_length(parameters)
+    for parameter in parameters:
+        if parameter.grad is not None and divisor != 1.0:
+            parameter.grad.div_(divisor)
+    optimizer.step()
+    return squared_norm
 
 
 def target_and_other(z_BC: Tensor, labels_B: Tensor, shard: ClassShard, group: ProcessGroup) -> Tensor:

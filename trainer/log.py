@@ -16,6 +16,7 @@ import wandb
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.config import Config, to_dict
@@ -97,6 +98,14 @@ class RunLog:
         if self._wandb is not None:
             content = {f"tables/{name}": wandb.Table(columns=columns, data=rows)}
             _never_stop(lambda: self._wandb.log(content, step=step))
+
+    def embeddings(self, name: str, embeddings_ND: Tensor, labels_N: Tensor, step: int) -> None:
+        """Save the embeddings of a test set at this step."""
+        if self.is_main:
+            path = self.folder / "embeddings" / f"{name}-{step:08d}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            tensors = {"embeddings_ND": embeddings_ND.contiguous(), "labels_N": labels_N.contiguous()}
+            save_file(tensors, path)
 
     def finish(self, step: int, results: dict[str, float]) -> None:
         """Leave the completion marker: a launcher's exit code does not prove that a run is whole."""

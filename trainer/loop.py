@@ -77,6 +77,8 @@ def train(config: Config) -> dict[str, float]:
                     results = evaluate(state, test_sets)
                     view = view_head(state.head, results, index.class_names, list(config.eval.classification))
                     log_run.add(metrics_of(results) | view.metrics)
+                    for result in results if config.eval.save_embeddings else ():
+                        log_run.embeddings(result.name, result.embeddings_ND, result.labels_N, state.step)
                 log_run.write(state.step)
                 if log_run.is_due(state.step, config.checkpoint.every_steps):
                     save(state, config, checkpoints, index.fingerprint)

@@ -1,6 +1,7 @@
 """Networks of the papers that timm does not have; ``trainer/backbone.py`` registers them there."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,11 +12,13 @@ class LeNetPP(nn.Module):
 
     Widths 32, 64, 128, each pair followed by max pooling, the last with kernel 3 and stride 2 (rounded up,
     as in Caffe: 7 -> 3). Without its last linear layer, which is the neck: the output is flat, 128 x 3 x 3
-    for 28 x 28 pixels. Source: script_mnist prototxts of the COCO loss' authors.
+    for 28 x 28 pixels. Source: script_mnist prototxts of the COCO loss' authors. ``last_pool`` = 2 is the
+    LeNets++ of Wen et al. (ECCV 2016, table 1), rounded down.
     """
 
-    def __init__(self, in_chans: int = 1, img_size: int = 28) -> None:
+    def __init__(self, in_chans: int = 1, img_size: int = 28, last_pool: int = 3) -> None:
         super().__init__()
+        self.last_pool = last_pool
         widths = (in_chans, 32, 64, 128)
         convolutions = [
             nn.Conv2d(before if first else width, width, 5, padding=2)
@@ -27,7 +30,7 @@ class LeNetPP(nn.Module):
             nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
         self.convolutions = nn.ModuleList(convolutions)
         self.activations = nn.ModuleList(nn.PReLU(width) for width in widths[1:] for _ in range(2))
-        side = ((img_size // 2 // 2 - 3) + 1) // 2 + 1
+        side = ((img_size // 2 // 2 - 3) + 1) // 2 + 1 if last_pool == 3 else img_size // 8
         self.num_features = self.head_hidden_size = 128 * side * side
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
@@ -36,9 +39,105 @@ class LeNetPP(nn.Module):
         for i, (convolution, activation) in enumerate(zip(self.convolutions, self.activations, strict=True)):
             x = activation(convolution(x))
             if i % 2:
-                x = F.max_pool2d(x, 2) if i < 5 else F.max_pool2d(x, 3, 2, ceil_mode=True)
+                last = i == 5 and self.last_pool == 3
+                x = F.max_pool2d(x, 3, 2, ceil_mode=True) if last else F.max_pool2d(x, 2)
         return x.flatten(1)
 
 
-LENETPP_INPUT = {"input_size": (1, 28, 28), "mean": (0.5,), "std": (0.5,), "fixed_input_size": True}
-"""What timm calls the default configuration of a model."""
+class PreActResNet(nn.Module):
+    """Pre-activation ResNet of the standalone center loss: five blocks of two 3x3 convolutions, 128 wide.
+
+    The first convolution has no padding; shortcuts of another shape are 1x1 convolutions of the activated
+    input; all convolutions have biases. Source: models of github.com/mo-vic/standalone-center-loss.
+    """
+
+    def __init__(self, in_chans: int = 3) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(in_chans, 16, 3)
+        widths, strides = (16, 32, 32, 64, 64, 128), (1, 2, 1, 2, 1)
+        steps = zip(pairwise(widths), strides, strict=True)
+        self.blocks = nn.Sequential(
+            *(_PreActBlock(before, width, stride) for (before, width), stride in steps)
+        )
+        self.last_norm = nn.BatchNorm2d(128)
+        self.num_features = self.head_hidden_size = 128
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Return N x 128."""
+        return F.relu(self.last_norm(self.blocks(self.first(images_NCHW)))).mean((2, 3))
+
+
+class _PreActBlock(nn.Module):
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(before), nn.BatchNorm2d(width)
+        self.convolution1 = nn.Conv2d(before, width, 3, stride, padding=1)
+        self.convolution2 = nn.Conv2d(width, width, 3, padding=1)
+        same = before == width and stride == 1
+        self.shortcut = None if same else nn.Conv2d(before, width, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = F.relu(self.norm1(x))
+        y = self.convolution2(F.relu(self.norm2(self.convolution1(activated))))
+        return y + (x if self.shortcut is None else self.shortcut(activated))
+
+
+class ResNet9(nn.Module):
+    """The small residual network of the CIFAR-10 speed records (David Page, 2018): 94 % in about 24 epochs.
+
+    Widths 64, 128, 256, 512, each convolution with batch norm and ReLU, a residual pair after the second and
+    the fourth, max pooling in between and over what is left. ``width`` = 64 is his.
+    """
+
+    def __init__(self, in_chans: int = 3, width: int = 64) -> None:
+        super().__init__()
+        w1, w2, w3, w4 = width, 2 * width, 4 * width, 8 * width
+        self.layers = nn.Sequential(
+            _conv_norm_relu(in_chans, w1),
+            _conv_norm_relu(w1, w2),
+            nn.MaxPool2d(2),
+            _Residual(w2),
+            _conv_norm_relu(w2, w3),
+            nn.MaxPool2d(2),
+            _conv_norm_relu(w3, w4),
+            nn.MaxPool2d(2),
+            _Residual(w4),
+            nn.AdaptiveMaxPool2d(1),
+            nn.Flatten(),
+        )
+        self.num_features = self.head_hidden_size = w4
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Return N x (8 width)."""
+        return self.layers(images_NCHW)
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.pair = nn.Sequential(_conv_norm_relu(width, width), _conv_norm_relu(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.pair(x)
+
+
+def _conv_norm_relu(before: int, width: int) -> nn.Sequential:
+    convolution = nn.Conv2d(before, width, 3, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU())
+
+
+_DIGITS = {"input_size": (1, 28, 28), "mean": (0.5,), "std": (0.5,)}
+_CIFAR = {"input_size": (3, 32, 32), "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+
+INPUTS: dict[str, dict[str, Any]] = {
+    "lenetpp": {**_DIGITS, "fixed_input_size": True},
+    "lenetspp": {**_DIGITS, "fixed_input_size": True},
+    "preact_resnet": {**_CIFAR, "mean": (0.0,) * 3, "std": (1.0,) * 3},  # its authors only scale to 0..1
+    "resnet9": _CIFAR,
+    "resnet9_small": _CIFAR,
+}
+"""Name -> what timm calls the default configuration of a model."""

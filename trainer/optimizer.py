@@ -12,13 +12,16 @@ from trainer.rows import RowAdagrad
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the parameters: matrices and filters decay, biases and the scales of norms do not."""
+    """Split the parameters: matrices and filters decay, biases and the scales of norms do not.
+
+    A module without trained parameters gives one empty group.
+    """
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]
+    return [group for group in groups if group["params"]] or groups[:1]
 
 
 def build_optimizer(

@@ -38,7 +38,7 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
 
     Raises UserError with one line naming the field, the value and, for a typo, the nearest name.
     """
-    tree = _read_yaml(path) if path is not None else {}
+    tree = read_yaml(path) if path is not None else {}
     overrides = list(overrides)
     _drop_test_sets_of_other_data(tree, overrides)
     for override in overrides:
@@ -86,11 +86,12 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def sections(cls: type = Config) -> Iterable[tuple[str, type]]:
-    """Yield (name, class) of every section, in order."""
+def sections(cls: type = Config, prefix: str = "") -> Iterable[tuple[str, type]]:
+    """Yield (dotted name, class) of every section, in order, each before those inside it."""
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
-            yield field.name, typing.cast(type, field.type)
+            yield prefix + field.name, typing.cast(type, field.type)
+            yield from sections(typing.cast(type, field.type), f"{prefix}{field.name}.")
 
 
 def fields(cls: type) -> Iterable[tuple[str, str, str, str]]:
@@ -126,7 +127,8 @@ def markdown() -> str:
     return out.getvalue()
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds. Raises UserError naming the file."""
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:

@@ -343,7 +343,7 @@ def _classes(config: Config, view: HeadView) -> Html:
         images = [int(sizes[label_of[c.name]]) for c in classes if view.class_names]
         if len(set(images)) > 1:
             margins, title = [c.margin for c in classes], f"{name}: does a class need images?"
-            drawn.append(figures.class_sizes(images, margins, "margin", title))
+            drawn.append(figures.value_by_class_size(images, margins, "margin", title))
     return Html("".join([*parts, page.cards(map(_svg, drawn))]))
 
 

@@ -10,6 +10,7 @@ from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine import compute_dtype
 from trainer.index import Index
+from trainer.losses.weighted_sum import WeightedSum
 from trainer.state import head_bytes, head_types
 
 
@@ -44,6 +45,8 @@ def run_sheet(config: Config, world: World, index: Index, head: Any, start_step:
 
 def _how(config: Config, head: Any, world: World) -> str:
     """Return scale, way of updating and types of a head of cosines."""
+    if isinstance(head, WeightedSum):
+        return ", " + " + ".join(f"{weight:g} {name}" for name, weight in head.weights.items())
     if config.loss.name == "softmax":
         return ""
     text = f", scale {head.loss.scale:.4g}, {config.head.update}"

@@ -12,14 +12,16 @@ from trainer import checkpoint
 from trainer.backbone import build_backbone
 from trainer.checkpoint import Checkpoints
 from trainer.collectives import sum_over
-from trainer.config import Config, to_dict
+from trainer.config import UNFUSED, Config, to_dict
 from trainer.distributed import World, require_memory
 from trainer.engine import build_engine, compute_dtype, load_state, state_numbers, state_tensors
 from trainer.errors import UserError
 from trainer.fused import HIGHEST_LOGIT, FusedCocoHead
-from trainer.head import ClassShard, CocoHead, SoftmaxHead
+from trainer.head import ClassShard, CocoHead, DenseHead
 from trainer.log import log
-from trainer.margins import build_margin
+from trainer.losses.terms import build_term, num_matrices
+from trainer.losses.weighted_sum import WeightedSum
+from trainer.margins import MARGINS, build_margin
 from trainer.optimizer import allocate_state, build_optimizer, parameter_groups
 from trainer.order import Position
 from trainer.scale import scale_of
@@ -36,7 +38,7 @@ class TrainState:
     """Everything that changes while training, and nothing else: what a checkpoint holds."""
 
     engine: Any
-    head: CocoHead | SoftmaxHead
+    head: DenseHead
     head_optimizer: Optimizer
     step: int = 0
     position: Position = field(default_factory=Position)
@@ -53,7 +55,7 @@ def build_state(config: Config, world: World) -> TrainState:
     return TrainState(build_engine(config, backbone, world), head, head_optimizer)
 
 
-def build_head(config: Config, world: World, dim: int) -> CocoHead | SoftmaxHead:
+def build_head(config: Config, world: World, dim: int) -> DenseHead:
     """Build this rank's part of the head on its device; communicates nothing. Raises UserError."""
     assert config.head.num_classes is not None
     num_classes = config.head.num_classes
@@ -62,20 +64,34 @@ def build_head(config: Config, world: World, dim: int) -> CocoHead | SoftmaxHead
     shard = ClassShard.of_rank(num_classes, world.rank, world.size)
     what = f"head.num_classes: {num_classes} x {dim}"
     require_memory(head_bytes(config, len(shard), dim), world, what)
-    if config.loss.name == "softmax":
-        return SoftmaxHead(shard, dim, seed=config.seed, group=world.group).to(world.device)
-    scale = scale_of(config.head.scale, num_classes)
-    name, numbers = config.loss.name, config.loss.margins
-    loss = build_margin(name, scale, config.seed, num_classes=num_classes, **numbers).to(world.device)
+    weights = config.loss.weights
+    parts = {
+        name: build_term(name, config, shard, dim, world.group)
+        if name in UNFUSED
+        else _build_cosine_head(name, config, world, shard, dim)
+        for name in weights
+    }
+    for part in parts.values():
+        part.to(world.device)
+    if len(parts) == 1 and config.loss.name in (*MARGINS, "softmax"):
+        return parts[config.loss.name]
+    return WeightedSum({name: (weights[name], part) for name, part in parts.items()})
+
+
+def _build_cosine_head(name: str, config: Config, world: World, shard: ClassShard, dim: int) -> CocoHead:
+    """Build COCO or one of its relatives: fused, or with an ordinary gradient. Raises UserError."""
+    scale = scale_of(config.head.scale, shard.num_classes)
+    numbers = config.loss.margins if name == config.loss.name else {}
     settings: dict[str, Any] = {
-        "loss": loss,
+        "loss": build_margin(name, scale, config.seed, num_classes=shard.num_classes, **numbers),
         "seed": config.seed,
         "group": world.group,
         "sub_centroids": config.head.sub_centroids,
         "label_smoothing": config.loss.label_smoothing,
     }
     if config.head.update == "autograd":
-        return CocoHead(shard, dim, **settings).to(world.device)
+        return CocoHead(shard, dim, **settings)
+    loss = settings["loss"]
     if loss.highest_logit() > HIGHEST_LOGIT:
         raise UserError(
             f"head.scale: logits up to {loss.highest_logit():.4g} do not fit the exponentials of the fused "
@@ -90,7 +106,7 @@ def build_head(config: Config, world: World, dim: int) -> CocoHead | SoftmaxHead
         row_type=row_type,
         product_type=product_type,
         cache_bytes=config.head.cache_mib << 20,
-    ).to(world.device)
+    )
 
 
 def head_types(config: Config, world: World) -> tuple[torch.dtype, torch.dtype]:
@@ -103,15 +119,19 @@ def head_types(config: Config, world: World) -> tuple[torch.dtype, torch.dtype]:
 
 
 def head_bytes(config: Config, num_rows: int, dim: int) -> int:
-    """Return the bytes of a rank's rows and their optimizer state (and dense gradient, if there is one).
+    """Return the bytes of a rank's rows and their optimizer state (and dense gradients, where there are).
 
     ``num_rows`` counts classes; each has ``head.sub_centroids`` rows.
     """
     name = config.optim.name if config.head.optimizer == "same" else config.head.optimizer
     matrices = {"sgd": 1 + bool(config.optim.momentum), "adamw": 3, "row_adagrad": 1}[name]
-    if config.loss.name == "softmax" or config.head.update == "autograd":
-        matrices += 1
-    row_bytes = matrices * dim * getattr(torch, config.head.state_dtype).itemsize + 4
+    of_cosines = matrices + (config.head.update == "autograd")
+    row_bytes = 4
+    for term in config.loss.weights:
+        if term in UNFUSED:
+            row_bytes += num_matrices(term, config, matrices) * dim * 4
+        else:
+            row_bytes += of_cosines * dim * getattr(torch, config.head.state_dtype).itemsize
     return num_rows * (config.head.sub_centroids * row_bytes + 4)
 
 
@@ -147,16 +167,15 @@ def share_statistics(state: TrainState) -> None:
             buffer.copy_(mean)  # in float64 the mean of equal numbers is that number
 
 
-def loss_statistics(head: CocoHead | SoftmaxHead) -> dict[str, float]:
-    """Return the running statistics of a margin, the same on every rank; COCO has none."""
-    return {} if isinstance(head, SoftmaxHead) else {k: float(v) for k, v in head.loss.state_dict().items()}
+def loss_statistics(head: DenseHead) -> dict[str, float]:
+    """Return the running statistics of the loss, the same on every rank; COCO has none."""
+    return {name: float(value) for name, value in head.statistics().items()}
 
 
-def load_loss_statistics(head: CocoHead | SoftmaxHead, record: dict[str, Any]) -> None:
+def load_loss_statistics(head: DenseHead, record: dict[str, Any]) -> None:
     """Restore what ``loss_statistics`` returned from a checkpoint's record."""
-    if not isinstance(head, SoftmaxHead):
-        for name, buffer in head.loss.named_buffers():
-            buffer.fill_(record["loss"][name])
+    for name, value in head.statistics().items():
+        value.fill_(record["loss"][name])
 
 
 def resume(state: TrainState, config: Config, checkpoints: Checkpoints, fingerprint: str) -> None:

@@ -1,0 +1,31 @@
+"""Draw saved embeddings: ``python launch/pictures.py runs/NAME [runs/OTHER ...]``.
+
+Of runs trained with eval.save_embeddings=true: a GIF of the features over the steps and the cosines between
+class means, for each run; features side by side and the bounds of alpha, in the first run's figures.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch._main import run
+
+
+def main() -> None:
+    """Read the command line, draw, print the files."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+    arguments = parser.parse_args()
+
+    from trainer.pictures import draw_runs  # imports torch: only once the command line is right
+
+    for path in draw_runs(arguments.runs):
+        print(path)
+
+
+if __name__ == "__main__":
+    run(main)

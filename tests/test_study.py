@@ -1,0 +1,141 @@
+"""Studies: what is run, what is not run again, and the table against numpy and the t distribution."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import t as t_distribution
+
+from trainer.errors import UserError
+from trainer.options import load
+from trainer.study import Study, command_of, load_study, results_of, run_study, summary, write_table
+
+REPOSITORY = Path(__file__).parents[1]
+STUDIES = sorted((REPOSITORY / "configs" / "studies").glob("*.yaml"))
+STUDY = """
+base: base.yaml
+common: {optim.lr: 0.5}
+axes:
+  loss: {coco: {}, softmax: {loss.name: softmax}, sum: {loss.name: triplet, loss.extra: {softmax: 0.5}}}
+  dim: {2: {backbone.embedding_dim: 2}, 16: {backbone.embedding_dim: 16, optim.lr: 0.25}}
+baseline: softmax
+seeds: [3, 4, 5]
+metrics: [eval/test/accuracy, eval/test/loss]
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text("data: {train: none}\noptim: {steps: 1}\n")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(STUDY)
+    return path
+
+
+def accuracy(row: str, seed: int) -> float:
+    return {"coco": 0.9, "softmax": 0.8, "sum": 0.7}[row.split("-")[0]] + math.sin(len(row) * seed) / 50
+
+
+class Trainer:
+    """Stands in for the training process: writes a result, or fails."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails, self.seen = fails, []
+
+    def __call__(self, command: Sequence[str], output: Path) -> int:
+        name = next(part for part in command if part.startswith("run.name=")).partition("=")[2]
+        self.seen.append(name)
+        if name == self.fails:
+            return 2
+        row, _, seed = name.rpartition("-seed")
+        values = {"eval/test/accuracy": accuracy(row, int(seed)), "eval/test/loss": 1.0}
+        (output.parent / "done.json").write_text(json.dumps({"step": 1, **values}))
+        return 0
+
+
+def test_a_study_is_every_row_with_every_seed_as_a_command_that_stands_alone(path: Path) -> None:
+    study = load_study(path, Path("runs"), ["optim.steps=7"])
+    assert len(study.runs) == 3 * 2 * 3
+    command = command_of(study, study.runs[-1])
+    assert command[1:4] == ["launch/train.py", "--config", "base.yaml"]
+    config = load(Path("base.yaml"), command[4:])
+    assert (config.loss.name, config.loss.extra) == ("triplet", {"softmax": 0.5})
+    assert (config.backbone.embedding_dim, config.optim.lr, config.seed) == (16, 0.25, 5)
+    assert (config.optim.steps, config.run_folder) == (7, Path("runs/tiny/sum-16-seed5"))
+    assert load(Path("base.yaml"), command_of(study, study.runs[0])[4:]).optim.lr == 0.5
+
+
+def test_what_is_finished_is_not_run_again_and_what_failed_is(path: Path) -> None:
+    study = load_study(path, Path("runs"))
+    failing = Trainer(fails="coco-16-seed4")
+    failed = run_study(study, 2, failing)
+    assert [run.folder.name for run in failed] == ["coco-16-seed4"]
+    assert len(failing.seen) == 18
+    again = Trainer()
+    assert run_study(study, 1, again) == []
+    assert again.seen == ["coco-16-seed4"]
+
+
+def test_a_finished_run_with_other_settings_stops_the_study(path: Path) -> None:
+    run_study(load_study(path, Path("runs")), 1, Trainer())
+    other = Trainer()
+    with pytest.raises(UserError, match=r"coco-2-seed3: was finished with other settings"):
+        run_study(load_study(path, Path("runs"), ["optim.lr=2"]), 1, other)
+    assert other.seen == []
+
+
+def t_test(a: list[float], b: list[float]) -> float:
+    """Return the p value of the paired two-sided t test, written out."""
+    differences = np.subtract(a, b)
+    t = differences.mean() / (differences.std(ddof=1) / len(differences) ** 0.5)
+    return float(2 * t_distribution.sf(abs(t), len(differences) - 1))
+
+
+def test_the_table_has_means_deviations_and_a_test_against_the_same_dimension(path: Path) -> None:
+    study: Study = load_study(path, Path("runs"))
+    run_study(study, 1, Trainer())
+    lines = {line["row"]: line for line in summary(study, results_of(study))}
+    for name, line in lines.items():
+        loss, dim = name.split("-")
+        own, base = ([accuracy(row, seed) for seed in (3, 4, 5)] for row in (name, f"softmax-{dim}"))
+        assert line["n"] == 3
+        assert line["eval/test/accuracy"] == pytest.approx(np.mean(own))
+        assert line["eval/test/accuracy sd"] == pytest.approx(np.std(own, ddof=1))
+        if loss == "softmax":
+            assert line["p"] is None
+        else:
+            assert line["difference"] == pytest.approx(np.mean(own) - np.mean(base))
+            assert line["p"] == pytest.approx(t_test(own, base))
+    table = write_table(study).read_text()
+    assert f"| coco-2 | 3 | {lines['coco-2']['eval/test/accuracy']:.5f} |" in table
+    assert len((Path("runs/tiny") / "runs.csv").read_text().splitlines()) == 1 + 18
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("baseline: softmax", "baseline: none"), "baseline: 'none' is on no axis"),
+        (("seeds: [3, 4, 5]", "seeds: [a]"), "seeds, ranks: must be whole numbers"),
+        (("seeds: [3, 4, 5]", ""), "seeds: is required"),
+        (("common:", "comon:"), "comon: unknown field"),
+        (("optim.lr: 0.25", "optim.lrr: 0.25"), "optim.lrr: unknown field; did you mean optim.lr"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused_before_anything_runs(
+    path: Path, change: tuple[str, str], message: str
+) -> None:
+    path.write_text(STUDY.replace(*change))
+    with pytest.raises(UserError) as caught:
+        load_study(path, Path("runs"))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_shipped_study_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    assert load_study(path, Path("runs")).runs

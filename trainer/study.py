@@ -1,0 +1,270 @@
+"""Studies: one recipe, many rows and seeds; what is missing is run, and one table tells how they compare.
+
+A study is a YAML file::
+
+    base: configs/mnist.yaml        # the recipe
+    common: {optim.epochs: 10}      # changes to it for every row; optional
+    axes:                           # a row is one value of each axis, named by all of them: coco-d2
+      loss: {coco: {loss.name: coco}, softmax: {loss.name: softmax}}
+      dim: {d2: {backbone.embedding_dim: 2}, d128: {backbone.embedding_dim: 128}}
+    baseline: softmax               # rows are tested against the row with this value in place of their own
+    seeds: [0, 1, 2]
+    metrics: [eval/test/accuracy]   # the first is tested
+    ranks: 1                        # above 1 by DeepSpeed's launcher; optional
+
+Runs live in ``<root>/<study>/<row>-seed<n>``; one with a done.json is finished and never run again.
+"""
+
+import csv
+import itertools
+import json
+import logging
+import math
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import ttest_rel
+
+from trainer.errors import UserError
+from trainer.options import load, read_yaml
+
+log = logging.getLogger("trainer")
+
+_REQUIRED = {"base": str, "axes": dict, "seeds": list, "metrics": list}
+_OPTIONAL = {"common": dict, "baseline": str, "ranks": int}
+_FIRST_PORT = 29600
+
+Results = Mapping[tuple[tuple[str, ...], int], Mapping[str, float]]
+
+Execute = Callable[[Sequence[str], Path], int]
+"""(command, file of its output) -> exit code."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row with one seed."""
+
+    row: tuple[str, ...]
+    """Its value on each axis."""
+    seed: int
+    folder: Path
+    overrides: tuple[str, ...]
+    """``section.field=value``, all that differs from the recipe but the folder."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, checked."""
+
+    name: str
+    base: Path
+    axes: Mapping[str, Mapping[str, Any]]
+    baseline: str | None
+    metrics: tuple[str, ...]
+    ranks: int
+    runs: tuple[Run, ...]
+
+
+def load_study(path: Path, root: Path, overrides: Sequence[str] = ()) -> Study:
+    """Read and check a study; ``overrides`` come last in every row. Raises UserError."""
+    tree = read_yaml(path)
+    kinds = {**_REQUIRED, **_OPTIONAL}
+    for name, value in tree.items():
+        if name not in kinds:
+            raise UserError(f"{path}: {name}: unknown field; a study has {', '.join(kinds)}")
+        if not isinstance(value, kinds[name]) or isinstance(value, bool):
+            raise UserError(f"{path}: {name}: must be a {kinds[name].__name__}, got {value!r}")
+    if missing := [name for name in _REQUIRED if not tree.get(name)]:
+        raise UserError(f"{path}: {missing[0]}: is required")
+    axes, baseline = tree["axes"], tree.get("baseline")
+    for axis, values in axes.items():
+        if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
+            raise UserError(f"{path}: axes.{axis}: must map each name to section.field: value")
+    if baseline is not None and not any(baseline in map(str, values) for values in axes.values()):
+        raise UserError(f"{path}: baseline: {baseline!r} is on no axis")
+    if not all(isinstance(seed, int) for seed in tree["seeds"]) or tree.get("ranks", 1) < 1:
+        raise UserError(f"{path}: seeds, ranks: must be whole numbers, ranks at least 1")
+    runs = []
+    for row in itertools.product(*axes.values()):
+        changes = dict(tree.get("common") or {})
+        for values, name in zip(axes.values(), row, strict=True):
+            changes |= values[name]
+        texts = [f"{field}={json.dumps(value)}" for field, value in changes.items()]
+        for seed in tree["seeds"]:
+            folder = root / path.stem / f"{'-'.join(map(str, row))}-seed{seed}"
+            row_names = tuple(map(str, row))
+            runs.append(Run(row_names, seed, folder, (*texts, *overrides, f"seed={seed}")))
+    ranks, metrics = tree.get("ranks", 1), tuple(tree["metrics"])
+    study = Study(path.stem, Path(tree["base"]), axes, baseline, metrics, ranks, tuple(runs))
+    for run in {run.row: run for run in study.runs}.values():
+        load(study.base, run.overrides)  # a typo in the last row is met now
+    return study
+
+
+def run_study(study: Study, parallel: int = 1, execute: Execute | None = None) -> list[Run]:
+    """Run what is not finished, ``parallel`` at a time, and write the table after each; return what failed.
+
+    Raises UserError, before anything runs, for a finished run that had other settings.
+    """
+    waiting = [run for run in study.runs if not _is_finished(run, study)]
+    log.info("study %s: %d of %d runs to do", study.name, len(waiting), len(study.runs))
+    execute, one_at_a_time = execute or _execute, threading.Lock()
+
+    def do(numbered: tuple[int, Run]) -> Run | None:
+        number, run = numbered
+        run.folder.mkdir(parents=True, exist_ok=True)
+        command, began = command_of(study, run, port=_FIRST_PORT + number % 1000), time.monotonic()
+        code = execute(command, run.folder / "study.log")
+        if code or not (run.folder / "done.json").exists():
+            log.error("failed with code %d: %s; see %s", code, shlex.join(command), run.folder / "study.log")
+            return run
+        record = {**_settings(run, study), "seconds": round(time.monotonic() - began, 1)}
+        (run.folder / "study.json").write_text(json.dumps(record, indent=1) + "\n")
+        log.info("finished %s", run.folder)
+        with one_at_a_time:
+            write_table(study)
+        return None
+
+    with ThreadPoolExecutor(parallel) as pool:
+        failed = [run for run in pool.map(do, enumerate(waiting)) if run is not None]
+    write_table(study)
+    return failed
+
+
+def command_of(study: Study, run: Run, port: int = _FIRST_PORT) -> list[str]:
+    """Return the command of one run: it repeats that row by itself, too."""
+    launcher = [sys.executable]
+    if study.ranks > 1:
+        deepspeed = str(Path(sys.executable).parent / "deepspeed")
+        launcher = [deepspeed, "--num_gpus", str(study.ranks), "--master_port", str(port)]
+    place = (f"run.root={run.folder.parent}", f"run.name={run.folder.name}")
+    return [*launcher, "launch/train.py", "--config", str(study.base), *run.overrides, *place]
+
+
+def write_table(study: Study) -> Path:
+    """Write ``runs.csv`` (a line per finished run), ``table.csv`` and ``table.md``; return the last."""
+    folder = study.runs[0].folder.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    found = results_of(study)
+    per_run = [{"row": "-".join(row), "seed": seed, **values} for (row, seed), values in found.items()]
+    _write_csv(folder / "runs.csv", ["row", "seed", *study.metrics, "seconds"], per_run)
+    lines = summary(study, found)
+    columns = list(lines[0]) if lines else ["row"]
+    _write_csv(folder / "table.csv", columns, lines)
+    cells = [columns, ["---"] * len(columns), *([_shown(line[c]) for c in columns] for line in lines)]
+    text = "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    versus = f"; p: paired t test over seeds against {study.baseline}" if study.baseline else ""
+    machine = f"{platform.machine()}, {os.cpu_count()} CPU cores"
+    header = f"# {study.name}\n\n`{study.base}`, {study.ranks} rank(s) on {machine}{versus}.\n\n"
+    path = folder / "table.md"
+    path.write_text(header + text + "\n")
+    return path
+
+
+def results_of(study: Study) -> Results:
+    """Return (row, seed) -> metrics and seconds of every finished run."""
+    return {(run.row, run.seed): values for run in study.runs if (values := _results(run, study))}
+
+
+def summary(study: Study, found: Results) -> list[dict]:
+    """Return a line for each row that has results: n, mean and deviation of every metric, and the test.
+
+    The test pairs the seeds that both rows have finished; with fewer than two, or no difference at all, it
+    says nothing and is left out (None).
+    """
+    lines = []
+    for row in dict.fromkeys(run.row for run in study.runs):
+        own = {seed: values for (of, seed), values in found.items() if of == row}
+        if not own:
+            continue
+        line: dict[str, Any] = {"row": "-".join(row), "n": len(own)}
+        for metric in (*study.metrics, "seconds"):
+            values = [run[metric] for run in own.values()]
+            line[metric] = statistics.fmean(values)
+            if metric != "seconds":
+                line[f"{metric} sd"] = statistics.stdev(values) if len(values) > 1 else None
+        if study.baseline is not None:
+            other = _baseline_of(study, row)
+            pairs = [
+                (values[study.metrics[0]], found[other, seed][study.metrics[0]])
+                for seed, values in own.items()
+                if (other, seed) in found and other != row
+            ]
+            line["difference"] = statistics.fmean(a - b for a, b in pairs) if pairs else None
+            line["p"] = _p_value(pairs)
+        lines.append(line)
+    return lines
+
+
+def _baseline_of(study: Study, row: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the row with the baseline in place of its own value on that axis."""
+    return tuple(
+        str(study.baseline) if study.baseline in [str(value) for value in values] else name
+        for values, name in zip(study.axes.values(), row, strict=True)
+    )
+
+
+def _p_value(pairs: Sequence[tuple[float, float]]) -> float | None:
+    if len(pairs) < 2 or len({a - b for a, b in pairs}) == 1:
+        return None
+    p = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
+    return p if math.isfinite(p) else None
+
+
+def _is_finished(run: Run, study: Study) -> bool:
+    if not (run.folder / "done.json").exists():
+        return False
+    try:
+        record = json.loads((run.folder / "study.json").read_text())
+    except (OSError, ValueError):
+        return False  # ended before it was recorded; training goes on from its last checkpoint, the end
+    settings = _settings(run, study)
+    if any(record.get(key) != value for key, value in settings.items()):
+        raise UserError(f"{run.folder}: was finished with other settings; remove it, or rename row or study")
+    return True
+
+
+def _settings(run: Run, study: Study) -> dict[str, Any]:
+    return {"base": str(study.base), "overrides": list(run.overrides), "ranks": study.ranks}
+
+
+def _results(run: Run, study: Study) -> dict[str, float]:
+    """Return the metrics of a finished run, else nothing. Raises UserError for one that it does not have."""
+    try:
+        done = json.loads((run.folder / "done.json").read_text())
+        seconds = json.loads((run.folder / "study.json").read_text())["seconds"]
+    except (OSError, ValueError):
+        return {}
+    for metric in study.metrics:
+        if metric not in done:
+            raise UserError(f"metrics: {run.folder} has no {metric}; it has {', '.join(done)}")
+    return {metric: float(done[metric]) for metric in study.metrics} | {"seconds": seconds}
+
+
+def _execute(command: Sequence[str], output: Path) -> int:
+    with output.open("a") as file:
+        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+
+
+def _write_csv(path: Path, columns: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.1f}" if value >= 10 else f"{value:.5f}"
+    return "" if value is None else str(value)
