@@ -46,12 +46,9 @@ WITHOUT_TORCH = (
     "index",
     "shards",
     "sources",
-<<<<<<< HEAD
     "packing",
     "check",
-=======
     "study",
->>>>>>> 3678752 (Add studies: rows x seeds from one file, resumable, with a paired test)
 )
 
 
