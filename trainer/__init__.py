@@ -41,7 +41,8 @@ level 1
     sources        where images come from before they are packed
 level 0
     collectives    every tensor that travels between ranks in a step, with its gradient [torch.distributed]
-    augment        from the bytes of an image to the tensor that is sent to the device
+    decode         from the bytes of an image to its pixels
+    augment        from pixels to the tensor that is sent to the device
     order          in which order samples are seen: a function of seed and epoch
     machines       accelerators by their data sheets
     networks       networks of the papers that timm does not have

@@ -1,11 +1,10 @@
-"""From the bytes of an image to the uint8 tensor that is sent to the device.
+"""From a decoded image to the uint8 tensor that is sent to the device.
 
 Pixels stay uint8 until they are there (a quarter of the traffic); the backbone normalises them. What is
 random draws from the generators of the process, which ``seed_generators`` sets for every sample. Shapes:
 C channels, H height, W width.
 """
 
-import io
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -14,33 +13,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
 Transform = Callable[[Tensor], Tensor]
 """From one uint8 CHW image to another."""
-
-MAX_PIXELS = 1 << 26  # a small file can claim to be an image that fills the memory
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-
-
-def decode(image_bytes: bytes, channels: int) -> Tensor:
-    """Return pixels_CHW uint8: grey for one channel, RGB for three; what is transparent becomes white.
-
-    Raises ValueError, in one line, for whatever is wrong with the bytes.
-    """
-    try:
-        with Image.open(io.BytesIO(image_bytes), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are above the limit of {MAX_PIXELS}")
-            image.load()
-            pixels = np.array(_flatten(image).convert({1: "L", 3: "RGB"}[channels]))
-    except UnidentifiedImageError:
-        raise ValueError(f"cannot decode: not one of {', '.join(FORMATS)}") from None
-    except Exception as error:  # PIL raises nearly anything on broken bytes
-        raise ValueError(f"cannot decode: {' '.join(str(error).split()) or type(error).__name__}") from None
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1).contiguous()
 
 
 def build_train_transform(
@@ -93,18 +70,6 @@ def random_state_kept() -> Iterator[None]:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    """Return what a viewer shows on white paper, in a mode of 8 bits per channel."""
-    if image.has_transparency_data:
-        paper = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
-    if image.mode.startswith("I;16"):  # PIL would clip at 255 instead of scaling
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} have no fixed range")
-    return image
 
 
 class _Square(torch.nn.Module):
