@@ -12,6 +12,7 @@ level 4
     state          all that changes while training: built, saved, restored
     benchmark      what the head costs on this machine, in time and memory
 level 3
+    databench      what reading and decoding cost, beside webdataset and PIL
     fused          the head at its limit: no logits, no normalised copy, no dense gradient
     plan           memory, traffic and time for K classes on N GPUs, before renting them
     textbook       the class-parallel head as usually written: what the benchmark compares with
@@ -29,6 +30,8 @@ level 2
     optimizer      the optimizer of backbone and head, its state allocated at once
     figures        pictures of an evaluation and of a run [matplotlib]
 level 1
+    ledger         samples that could not be used: written down, limited, skipped when known
+    samplers       which sample is at which position: shuffled, balanced, weighted, mixed
     config         every option of a run: typed, checked, documented once [pydantic]
     distributed    which rank am I, on which device, with whom [torch.distributed]
     margins        softmax losses of cosines: what each changes in the COCO loss

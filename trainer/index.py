@@ -117,6 +117,25 @@ class Index:
         shard = int(np.searchsorted(self.starts, i, side="right")) - 1
         return self.shards[shard].name, int(self.offsets_N[i])
 
+    def find(self, shard: str, offset: int) -> int | None:
+        """Return the sample whose image begins at a byte of a shard, if there is one: locate's inverse."""
+        for first, end, known in zip(self.starts[:-1], self.starts[1:], self.shards, strict=True):
+            if known.name == shard:
+                found = first + np.flatnonzero(self.offsets_N[first:end] == offset)
+                return int(found[0]) if len(found) else None
+        return None
+
+    def member_name(self, i: int) -> str:
+        """Return the name of image ``i`` in its tar, or where it is if its header cannot be read."""
+        shard, offset = self.locate(i)
+        try:
+            header = self._files.pread(
+                str(self.folder / shard), tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE
+            )
+            return ascii(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[1:-1]
+        except (OSError, tarfile.TarError):
+            return f"at byte {offset}"
+
     def read(self, i: int) -> bytes:
         """Return the bytes of image ``i``. Raises UserError naming the shard and the sample."""
         return self.read_many([i])[0]
@@ -149,15 +168,7 @@ class Index:
 
     def describe(self, i: int) -> str:
         """Return where sample ``i`` is, for messages: field, shard and the member's name (or its offset)."""
-        shard, offset = self.locate(i)
-        try:
-            header = self._files.pread(
-                str(self.folder / shard), tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE
-            )
-            name = ascii(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[1:-1]
-        except (OSError, tarfile.TarError):
-            name = f"at byte {offset}"
-        return f"{self.field}: shard {shard}, sample {name}"
+        return f"{self.field}: shard {self.locate(i)[0]}, sample {self.member_name(i)}"
 
 
 def open_index(folder: Path, field: str) -> Index:
