@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -248,3 +248,20 @@ def _fingerprint(shards: Sequence[Shard], labels_N: NDArray[Any]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def webdataset_loader(folder: Path, decode_image: Callable[[Any], Any] | None, shuffle_buffer: int) -> Any:
+    """Return webdataset's own iterable of (image, label) as its users write it, to compare with.
+
+    Without ``decode_image`` both are bytes; else PIL decodes in colour, and the image passes through it.
+    """
+    import webdataset
+
+    paths = [str(path) for path in sorted(folder.glob("*.tar"))]
+    samples = webdataset.WebDataset(paths, shardshuffle=len(paths) if shuffle_buffer else False)
+    if shuffle_buffer:
+        samples = samples.shuffle(shuffle_buffer)
+    if decode_image is None:
+        return samples.to_tuple(";".join(IMAGE_EXTENSIONS), "cls")
+    decoded = samples.decode("pil").to_tuple(";".join(IMAGE_EXTENSIONS), "cls")
+    return decoded.map_tuple(decode_image, int)
