@@ -12,6 +12,7 @@ level 4
     state          all that changes while training: built, saved, restored
     benchmark      what the head costs on this machine, in time and memory
 level 3
+    feed           from a configuration to training data: opened, ordered, the same on all ranks
     databench      what reading and decoding cost, beside webdataset and PIL
     fused          the head at its limit: no logits, no normalised copy, no dense gradient
     plan           memory, traffic and time for K classes on N GPUs, before renting them
@@ -26,6 +27,7 @@ level 2
     options        YAML and command line to Config and back; help and reference page [yaml]
     backbone       a name to a network from images to embeddings [timm]
     data           batches from an index, the same on any number of ranks and workers
+    mixture        several packed data sets that are read as one
     shards         data shards: written as tars, or indexed where they are [webdataset]
     optimizer      the optimizer of backbone and head, its state allocated at once
     figures        pictures of an evaluation and of a run [matplotlib]

@@ -56,6 +56,47 @@ class DataConfig:
     workers: NotNegativeInt = 2
     """Processes per rank that read and decode; 0 reads in the training process. Changes speed only."""
 
+    sampler: Literal["shuffled", "balanced", "class_weighted"] = "shuffled"
+    """Order of an epoch. `shuffled`: every image once. `balanced` (P x K): a micro-batch holds
+    `samples_per_class` images of each of its classes, all on one rank. `class_weighted`: a class with n
+    images is drawn in proportion to n to the power of `class_power`. None depends on the number of ranks."""
+
+    samples_per_class: PositiveInt = 4
+    """K of the balanced sampler; must divide the images of a rank's micro-batch. A class with fewer images
+    repeats them."""
+
+    class_power: Fraction = 0.5
+    """Of the class-weighted sampler: 1 is the data's own frequencies, 0.5 their square root, 0 shows every
+    class equally often."""
+
+    shuffle_window: PositiveInt | None = None
+    """Shuffle so many data shards at a time, in random order, so that images which are neighbours on a slow
+    disk are read at about the same time. None shuffles all of the data together, however large."""
+
+    mix: dict[str, Positive] = Field(default_factory=dict)
+    """Further folders of data shards, and how many of their images are drawn for one of `train`. An epoch is
+    one pass over `train`; all images of a set are drawn before any is drawn again. Shuffled only."""
+
+    mix_labels: Literal["name", "offset"] = "name"
+    """Classes of mixed data sets: those of the same name are one class, or each set has its own, numbered
+    behind those of the set before."""
+
+    on_bad_sample: Literal["stop", "replace"] = "stop"
+    """What happens to an image that cannot be decoded: the run stops, or another image takes its place, the
+    same on any number of ranks, and it is noted in the run's folder, in `bad_samples`. Storage that cannot be
+    read is tried again and then always stops the run."""
+
+    max_bad_fraction: Fraction = 0.001
+    """With `on_bad_sample: replace`: more bad images than this part of the data stop the run."""
+
+    quarantine: Path | None = None
+    """File of a run's `bad_samples`, or the folder: these images are replaced without being tried, by those
+    that `on_bad_sample: replace` takes."""
+
+    reduced_decode: bool = False
+    """Decode large JPEGs at 1/2, 3/8, 1/4 or 1/8 of their size where no crop needs more pixels: faster, and
+    slightly other pixels, the same on every rank. Training only."""
+
     log_batch_digest: bool = False
     """Write `data/batch_digest` at every step: an order-sensitive hash of the positions, pixels and labels
     of the global batch, equal on any number of ranks and workers."""
@@ -388,6 +429,10 @@ def check_across_fields(config: Config) -> None:
             raise UserError(f"augment.{name}: the first number is the smaller, got {list(values)}")
     for name in config.eval.classification.keys() & config.eval.verification.keys():
         raise UserError(f"eval.verification.{name}: eval.classification has a set of the same name")
+    if config.data.mix and config.data.sampler != "shuffled":
+        raise UserError(f"data.mix: needs data.sampler=shuffled, got {config.data.sampler}")
+    if config.data.shuffle_window and (config.data.mix or config.data.sampler != "shuffled"):
+        raise UserError("data.shuffle_window: needs data.sampler=shuffled and no data.mix")
     if config.data.batch_size % engine.accumulation_steps:
         raise UserError(
             f"data.batch_size: {config.data.batch_size} is not divisible by "

@@ -13,7 +13,7 @@ import hashlib
 import struct
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,13 +22,40 @@ from torch.utils.data import DataLoader, Dataset
 from trainer.augment import Transform, random_state_kept, seed_generators
 from trainer.decode import decode
 from trainer.errors import UserError
-from trainer.index import Index
 from trainer.ledger import BadSample, Ledger
 from trainer.order import Position, rank_positions, sample_key
 from trainer.samplers import Order, ShuffledOrder
 
 PADDING_LABEL = -1
 MAX_REPLACEMENTS = 20  # one after another, all bad: then the data is
+
+
+class Samples(Protocol):
+    """What is needed of an index (``trainer.index``), or of several as one (``trainer.mixture``)."""
+
+    @property
+    def field(self) -> str:
+        """Begins messages."""
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+
+    @property
+    def labels_N(self) -> Any:
+        """Label of every sample."""
+
+    def read_many(self, samples: Sequence[int]) -> list[bytes]:
+        """Return the bytes of images in the order asked. Raises UserError."""
+
+    def describe(self, i: int) -> str:
+        """Return where a sample is, for messages."""
+
+    def locate(self, i: int) -> tuple[str, int]:
+        """Return the shard and the byte where the image of a sample begins."""
+
+    def member_name(self, i: int) -> str:
+        """Return its name in the shard."""
 
 
 class Batch(NamedTuple):
@@ -57,7 +84,7 @@ class _Failure(NamedTuple):
 
 
 def build_train_loader(
-    index: Index,
+    index: Samples,
     transform: Transform,
     *,
     channels: int,
@@ -100,7 +127,7 @@ def build_train_loader(
 
 
 def build_eval_loader(
-    index: Index,
+    index: Samples,
     transform: Transform,
     *,
     channels: int,
@@ -186,7 +213,7 @@ class _EvalPlan:
 class _Reader:
     """From samples to images of one shape, put into one array."""
 
-    index: Index
+    index: Samples
     transform: Transform
     channels: int
     rank: int
@@ -360,7 +387,7 @@ def _steps(
 
 
 def _check_batch(
-    index: Index, num_positions: int, global_batch: int, accumulation: int, world_size: int
+    index: Samples, num_positions: int, global_batch: int, accumulation: int, world_size: int
 ) -> None:
     if global_batch % (accumulation * world_size):
         raise UserError(

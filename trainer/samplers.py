@@ -55,7 +55,7 @@ class ShuffledOrder:
 
     num_samples: int
     seed: int
-    window_starts: Integers | None = None
+    window_starts: tuple[int, ...] | None = None
 
     @property
     def num_positions(self) -> int:
@@ -66,7 +66,7 @@ class ShuffledOrder:
         """Return the order of one epoch."""
         key = epoch_key(self.seed, epoch)
         if self.window_starts is not None:
-            return self._windowed(self.window_starts, key)
+            return self._windowed(np.array(self.window_starts), key)
         if self.num_samples > MAX_SORTED:
             return lambda positions_B: scattered(positions_B, self.num_samples, key)
         order_N = epoch_order(self.num_samples, self.seed, epoch)
