@@ -46,6 +46,9 @@ EVERYTHING = {
     "scale_range": (0.9, 1.1),
     "color_jitter": 0.3,
     "erase_probability": 0.5,
+    "rand_augment": 9,
+    "low_resolution_probability": 0.5,
+    "occlusion_probability": 0.5,
 }
 
 
@@ -125,6 +128,44 @@ def test_shift_reaches_its_fraction_and_no_further():
         y, x = divmod(int(transform(dot_CHW).argmax()), 41)
         shifts += [y - 20, x - 20]
     assert (min(shifts), max(shifts)) == (-8, 8)  # 0.2 of 41
+
+
+def test_low_resolution_keeps_the_size_and_the_mean_and_loses_detail():
+    pixels_CHW = torch.from_numpy(noise(3, 32, 32))
+    seed_generators(1)
+    coarse = build_train_transform(image_size=32, low_resolution_probability=1.0)(pixels_CHW)
+    assert coarse.shape == pixels_CHW.shape
+    assert abs(coarse.float().mean() - pixels_CHW.float().mean()) < 4
+    assert coarse.float().std() < 0.8 * pixels_CHW.float().std()
+
+
+def test_occlusion_covers_a_quarter_to_a_half_from_each_side_with_one_grey():
+    pixels_CHW = torch.from_numpy(noise(3, 16, 16))
+    transform = build_train_transform(image_size=16, occlusion_probability=1.0)
+    sides, greys = set(), set()
+    for key in range(60):
+        seed_generators(key)
+        changed_HW = (transform(pixels_CHW) != pixels_CHW).any(0)
+        rows, columns = (changed_HW.float().mean(dim) > 0.9 for dim in (1, 0))  # covered from end to end
+        assert bool(rows.any()) != bool(columns.any())
+        edges = rows if rows.any() else columns
+        assert 4 <= int(edges.sum()) <= 8
+        sides.add((bool(rows.any()), bool(edges[0]), bool(edges[-1])))
+        greys.add(int(transform(torch.zeros(1, 16, 16, dtype=torch.uint8)).max()))
+    assert sides == {(True, True, False), (True, False, True), (False, True, False), (False, False, True)}
+    assert len(greys) > 10
+
+
+def test_the_new_stages_draw_nothing_but_what_the_key_decides():
+    pixels_CHW = torch.from_numpy(noise(3, 16, 16))
+    transform = build_train_transform(
+        image_size=16, rand_augment=9, low_resolution_probability=0.5, occlusion_probability=0.5
+    )
+    for key in range(10):
+        seed_generators(key)
+        once = transform(pixels_CHW)
+        seed_generators(key)
+        assert torch.equal(transform(pixels_CHW), once)
 
 
 def draw() -> tuple[float, float, float]:

@@ -9,10 +9,11 @@ level 6
 level 5
     sheet          what a run is about to do, told before it starts
 level 4
+    feed           from a configuration to training data: opened, ordered, the same on all ranks
     state          all that changes while training: built, saved, restored
     benchmark      what the head costs on this machine, in time and memory
 level 3
-    feed           from a configuration to training data: opened, ordered, the same on all ranks
+    stream         batches from shards without an index: what it promises, and what not
     databench      what reading and decoding cost, beside webdataset and PIL
     fused          the head at its limit: no logits, no normalised copy, no dense gradient
     plan           memory, traffic and time for K classes on N GPUs, before renting them

@@ -30,6 +30,9 @@ def build_train_transform(
     scale_range: tuple[float, float] | None = None,
     color_jitter: float = 0.0,
     erase_probability: float = 0.0,
+    rand_augment: int = 0,
+    low_resolution_probability: float = 0.0,
+    occlusion_probability: float = 0.0,
 ) -> Transform:
     """Return the random transform of training; a stage whose parameter is neutral is left out."""
     stages: list[Transform] = []
@@ -43,6 +46,12 @@ def build_train_transform(
         stages.append(_RandomAffine(rotate_degrees, shift_fraction, scale_range or (1.0, 1.0)))
     if color_jitter > 0:
         stages.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+    if rand_augment > 0:
+        stages.append(v2.RandAugment(num_ops=2, magnitude=rand_augment, num_magnitude_bins=31))
+    if low_resolution_probability > 0:
+        stages.append(_RandomLowResolution(low_resolution_probability))
+    if occlusion_probability > 0:
+        stages.append(_RandomOcclusion(occlusion_probability))
     if erase_probability > 0:
         stages.append(v2.RandomErasing(erase_probability))
     return _Chain(stages)
@@ -127,3 +136,41 @@ class _RandomAffine:
         grid_1HW2 = F.affine_grid(inverse, [1, *pixels_CHW.shape], align_corners=False)
         moved = F.grid_sample(pixels_CHW[None].float(), grid_1HW2, padding_mode="border", align_corners=False)
         return moved[0].round_().clamp_(0, 255).to(torch.uint8)
+
+
+class _RandomLowResolution:
+    """Shrink to a fifth of the side or more and enlarge again: AdaFace's augmentation (Kim et al., 2022)."""
+
+    SMALLEST = 0.2
+
+    def __init__(self, probability: float) -> None:
+        self.probability = probability
+
+    def __call__(self, pixels_CHW: Tensor) -> Tensor:
+        chance, size = torch.rand(2).tolist()
+        if chance >= self.probability:
+            return pixels_CHW
+        height, width = pixels_CHW.shape[1:]
+        scale = self.SMALLEST + (1 - self.SMALLEST) * size
+        smaller = [max(1, round(height * scale)), max(1, round(width * scale))]
+        return v2.functional.resize(
+            v2.functional.resize(pixels_CHW, smaller, antialias=True), [height, width], antialias=True
+        )
+
+
+class _RandomOcclusion:
+    """Cover a quarter to a half of the image, from one of its four sides, with one shade of grey."""
+
+    def __init__(self, probability: float) -> None:
+        self.probability = probability
+
+    def __call__(self, pixels_CHW: Tensor) -> Tensor:
+        chance, part, side, grey = torch.rand(4).tolist()
+        if chance >= self.probability:
+            return pixels_CHW
+        covered_CHW = pixels_CHW.clone()
+        along = 1 + int(side * 4) // 2
+        length = pixels_CHW.shape[along]
+        count = round(length * (0.25 + 0.25 * part))
+        covered_CHW.narrow(along, (length - count) * (int(side * 4) % 2), count).fill_(int(grey * 256))
+        return covered_CHW

@@ -56,6 +56,17 @@ class DataConfig:
     workers: NotNegativeInt = 2
     """Processes per rank that read and decode; 0 reads in the training process. Changes speed only."""
 
+    reader: Literal["indexed", "stream"] = "indexed"
+    """`indexed` reads any sample by the index: exact epochs, the same batches on any number of ranks, resumed
+    where they were. `stream` reads shards without an index from front to back and promises none of these:
+    `trainer/stream.py`. It needs `head.num_classes` and `epoch_images`."""
+
+    epoch_images: PositiveInt | None = None
+    """Images that count as an epoch of the stream reader."""
+
+    stream_buffer: PositiveInt = 5000
+    """Samples among which each worker of the stream reader shuffles."""
+
     sampler: Literal["shuffled", "balanced", "class_weighted"] = "shuffled"
     """Order of an epoch. `shuffled`: every image once. `balanced` (P x K): a micro-batch holds
     `samples_per_class` images of each of its classes, all on one rank. `class_weighted`: a class with n
@@ -126,6 +137,17 @@ class AugmentConfig:
 
     erase: Fraction = 0.0
     """Probability of erasing a random rectangle."""
+
+    rand_augment: Annotated[int, Field(ge=0, le=30, strict=True)] = 0
+    """Magnitude, 1 to 30, of RandAugment: two operations of its list on every image. 0 has none."""
+
+    low_resolution: Fraction = 0.0
+    """Probability of shrinking the image to 0.2 to 1 of its side and enlarging it again, as faces of
+    surveillance cameras are."""
+
+    occlusion: Fraction = 0.0
+    """Probability of covering with grey a quarter to a half of the image, from one of its four sides, as
+    masks, scarves and hats do."""
 
 
 @section
@@ -429,6 +451,8 @@ def check_across_fields(config: Config) -> None:
             raise UserError(f"augment.{name}: the first number is the smaller, got {list(values)}")
     for name in config.eval.classification.keys() & config.eval.verification.keys():
         raise UserError(f"eval.verification.{name}: eval.classification has a set of the same name")
+    if config.data.reader == "stream":
+        _check_stream(config)
     if config.data.mix and config.data.sampler != "shuffled":
         raise UserError(f"data.mix: needs data.sampler=shuffled, got {config.data.sampler}")
     if config.data.shuffle_window and (config.data.mix or config.data.sampler != "shuffled"):
@@ -477,3 +501,20 @@ def _require(what: str, others: Mapping[str, tuple[Any, Any]]) -> None:
     for field, (value, needed) in others.items():
         if value != needed:
             raise UserError(f"{what} needs {field}={'null' if needed is None else needed}, got {value}")
+
+
+def _check_stream(config: Config) -> None:
+    """Refuse what the stream reader cannot do."""
+    data = config.data
+    if data.epoch_images is None or config.head.num_classes is None:
+        raise UserError("data.reader: stream needs data.epoch_images and head.num_classes")
+    wanted = {
+        "sampler": data.sampler != "shuffled",
+        "shuffle_window": data.shuffle_window is not None,
+        "mix": bool(data.mix),
+        "on_bad_sample": data.on_bad_sample != "stop",
+        "quarantine": data.quarantine is not None,
+        "log_batch_digest": data.log_batch_digest,
+    }
+    for name in (name for name, is_wanted in wanted.items() if is_wanted):
+        raise UserError(f"data.{name}: needs data.reader=indexed, got stream")

@@ -79,7 +79,9 @@ class _Item(NamedTuple):
     sample: int
 
 
-class _Failure(NamedTuple):
+class Failure(NamedTuple):
+    """Why there is no batch."""
+
     message: str
 
 
@@ -157,7 +159,7 @@ class EvalLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _unwrapped(iter(self._loader))
+        return batches_or_error(iter(self._loader))
 
 
 @dataclass(frozen=True)
@@ -219,20 +221,20 @@ class _Reader:
     rank: int
     smallest_side: int | None
 
-    def read_many(self, samples: Sequence[int]) -> list[bytes] | _Failure:
+    def read_many(self, samples: Sequence[int]) -> list[bytes] | Failure:
         try:
             return self.index.read_many(samples)
         except UserError as error:
-            return _Failure(f"rank {self.rank}: {error}")
+            return Failure(f"rank {self.rank}: {error}")
 
     def decode(self, image_bytes: bytes) -> Tensor:
         return decode(image_bytes, self.channels, self.smallest_side)
 
-    def failure(self, sample: int, error: ValueError) -> _Failure:
-        return _Failure(f"rank {self.rank}: {self.index.describe(sample)}: {error}")
+    def failure(self, sample: int, error: ValueError) -> Failure:
+        return Failure(f"rank {self.rank}: {self.index.describe(sample)}: {error}")
 
 
-class _TrainSamples(Dataset[Batch | _Failure]):
+class _TrainSamples(Dataset[Batch | Failure]):
     """The "index" of this data set is the items of a whole step."""
 
     def __init__(
@@ -248,15 +250,15 @@ class _TrainSamples(Dataset[Batch | _Failure]):
         self.reader, self.order, self.seed = reader, order, seed
         self.replace, self.quarantine, self.with_digests = replace, quarantine, with_digests
 
-    def __getitem__(self, items: list[_Item]) -> Batch | _Failure:
+    def __getitem__(self, items: list[_Item]) -> Batch | Failure:
         contents = self.reader.read_many([item.sample for item in items])
-        if isinstance(contents, _Failure):
+        if isinstance(contents, Failure):
             return contents
         images, labels, digests = _Images(len(items)), [], []
         bad: list[BadSample] = []
         for item, content in zip(items, contents, strict=True):
             found = self._decoded(item, content, bad)
-            if isinstance(found, _Failure):
+            if isinstance(found, Failure):
                 return found
             sample, image_CHW = found
             seed_generators(sample_key(self.seed, item.epoch, item.position))
@@ -273,7 +275,7 @@ class _TrainSamples(Dataset[Batch | _Failure]):
             tuple(bad),
         )
 
-    def _decoded(self, item: _Item, content: bytes, bad: list[BadSample]) -> tuple[int, Tensor] | _Failure:
+    def _decoded(self, item: _Item, content: bytes, bad: list[BadSample]) -> tuple[int, Tensor] | Failure:
         """Return the item's sample, or the first good one of those that may replace it, and its pixels."""
         sample = item.sample
         for attempt in range(MAX_REPLACEMENTS):
@@ -286,7 +288,7 @@ class _TrainSamples(Dataset[Batch | _Failure]):
                 bad.append(self._describe(item, sample, str(error)))
             sample = self.order.substitute(sample, item.epoch, item.position, attempt)
             contents = self.reader.read_many([sample])
-            if isinstance(contents, _Failure):
+            if isinstance(contents, Failure):
                 return contents
             (content,) = contents
         return self.reader.failure(sample, ValueError(f"{MAX_REPLACEMENTS} replacements in a row are bad"))
@@ -297,18 +299,18 @@ class _TrainSamples(Dataset[Batch | _Failure]):
         return BadSample(shard, offset, key, reason, item.epoch, item.position)
 
 
-class _EvalSamples(Dataset[Batch | _Failure]):
+class _EvalSamples(Dataset[Batch | Failure]):
     """The "index" of this data set is the positions of a whole step."""
 
     def __init__(self, reader: _Reader) -> None:
         self.reader = reader
 
-    def __getitem__(self, positions: list[int]) -> Batch | _Failure:
+    def __getitem__(self, positions: list[int]) -> Batch | Failure:
         index = self.reader.index
         valid = [position < index.num_samples for position in positions]
         samples = [position if good else 0 for position, good in zip(positions, valid, strict=True)]
         contents = self.reader.read_many(samples)  # padding has to look like an image
-        if isinstance(contents, _Failure):
+        if isinstance(contents, Failure):
             return contents
         images = _Images(len(samples))
         for sample, content in zip(samples, contents, strict=True):
@@ -356,27 +358,27 @@ def _digest(item: _Item, image_CHW: Tensor, label: int) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def _unwrapped(batches: Iterator[Batch | _Failure]) -> Iterator[Batch]:
+def batches_or_error(batches: Iterator[Batch | Failure]) -> Iterator[Batch]:
     """Yield the batches; raise UserError for one that could not be read, after ending the workers."""
     while True:
         with random_state_kept():  # without workers, augmentation draws in this process
             batch = next(batches, None)
         if batch is None:
             return
-        if isinstance(batch, _Failure):
+        if isinstance(batch, Failure):
             del batches  # if the traceback kept it, ending the workers would wait 5 s for a time-out
             raise UserError(batch.message)
         yield batch
 
 
 def _steps(
-    batches: Iterator[Batch | _Failure],
+    batches: Iterator[Batch | Failure],
     position: Position,
     global_batch: int,
     num_positions: int,
     ledger: Ledger | None,
 ) -> Generator[tuple[Batch, Position], None, None]:
-    unwrapped = _unwrapped(batches)
+    unwrapped = batches_or_error(batches)
     del batches
     for batch in unwrapped:
         for bad in batch.bad:

@@ -24,25 +24,31 @@ from trainer.ledger import Ledger, read_quarantine
 from trainer.mixture import Mixture, mix
 from trainer.order import Position
 from trainer.samplers import BalancedOrder, Order, ShuffledOrder, mixed, order_digest, weighted_by_class
+from trainer.stream import StreamSource, build_stream_loader, find_shards
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """What a run trains on."""
 
-    index: Index | Mixture
-    order: Order
+    index: Index | Mixture | None
+    """None for the stream reader, as is the order."""
+    order: Order | None
     num_classes: int
     class_names: tuple[str, ...]
     num_samples: int
     """Images of an epoch."""
     fingerprint: str
     """Of the data, and of what decides their order besides the seed."""
+    shards: tuple[Path, ...] = ()
+    """Of the stream reader."""
 
 
 def open_training_data(config: Config) -> TrainingData:
     """Open what ``data`` describes; communicates nothing. Raises UserError."""
     data = config.data
+    if data.reader == "stream":
+        return _open_stream(config)
     first = open_index(data.train, "data.train")
     index: Index | Mixture = first
     if data.mix:
@@ -81,6 +87,8 @@ def build_batches(
 ) -> Generator[tuple[Batch, Position], None, None]:
     """Build the endless iterator over this rank's training batches from ``start`` on. Raises UserError."""
     options, ledger = config.data, None
+    if data.index is None:
+        return _build_stream(config, data, world, start)
     if options.sampler == "balanced":
         _require_whole_groups(config, world)
     if options.on_bad_sample == "replace":
@@ -111,6 +119,40 @@ def build_batches(
     )
 
 
+def _open_stream(config: Config) -> TrainingData:
+    assert config.head.num_classes is not None
+    assert config.data.epoch_images is not None
+    shards = find_shards(config.data.train)
+    names = " ".join(f"{path.name} {path.stat().st_size}" for path in shards)
+    fingerprint = hashlib.sha256(names.encode()).hexdigest()
+    return TrainingData(
+        None, None, config.head.num_classes, (), config.data.epoch_images, fingerprint, shards
+    )
+
+
+def _build_stream(
+    config: Config, data: TrainingData, world: World, start: Position
+) -> Generator[tuple[Batch, Position], None, None]:
+    source = StreamSource(
+        paths=data.shards,
+        num_classes=data.num_classes,
+        channels=config.backbone.channels,
+        shuffle_buffer=config.data.stream_buffer,
+        smallest_side=smallest_side(config),
+        seed=config.seed,
+    )
+    return build_stream_loader(
+        source,
+        build_transform(config),
+        global_batch=config.data.batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        workers=config.data.workers,
+        start=start,
+        epoch_images=data.num_samples,
+    )
+
+
 def build_transform(config: Config) -> Transform:
     """Build the random transform of training."""
     augment = config.augment
@@ -123,6 +165,9 @@ def build_transform(config: Config) -> Transform:
         scale_range=augment.zoom,
         color_jitter=augment.color_jitter,
         erase_probability=augment.erase,
+        rand_augment=augment.rand_augment,
+        low_resolution_probability=augment.low_resolution,
+        occlusion_probability=augment.occlusion,
     )
 
 
@@ -144,7 +189,7 @@ def require_same_data(config: Config, data: TrainingData, world: World) -> None:
     settings = {name: value for name, value in to_dict(config).items() if name not in ("run", "log")}
     facts = {
         "data.train: the data": data.fingerprint,
-        "seed, data.sampler: the order of the data": order_digest(data.order, epoch=0),
+        "seed, data.sampler: the order of the data": order_digest(data.order, epoch=0) if data.order else "",
         "the configuration": json.dumps(settings, sort_keys=True),
     }
     require_agreement(facts, world.group, world.device)
