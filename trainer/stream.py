@@ -1,9 +1,9 @@
 """Batches from data shards without an index, read from front to back by webdataset: the second reader.
 
 Every worker of every rank reads shards of its own and makes whole batches of them, for ever: steps are equal
-on all ranks whatever the shards hold, and nothing can hang. The shards of a pass come in an order that changes
-from pass to pass, dealt to all workers of all ranks; if there are fewer shards than workers, each worker goes
-through all of them in an order of its own.
+on all ranks whatever the shards hold, and nothing can hang. The shards of a pass come in an order that
+changes from pass to pass, dealt to all workers of all ranks; if there are fewer shards than workers, each
+worker goes through all of them in an order of its own.
 
 What it does not promise, and the indexed reader does: an epoch is a number of images, not every image once;
 batches depend on the number of ranks and workers; a run that is resumed goes on with other images.
