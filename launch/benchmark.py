@@ -1,6 +1,7 @@
 """Measure on this machine: one JSON object per line on stdout.
 
 python launch/benchmark.py head --classes 200000 --dim 512 --batch 256 --ranks 2 --against textbook
+python launch/benchmark.py data FOLDER --workers 2 --against webdataset --against pil
 """
 
 import argparse
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -19,7 +21,9 @@ from trainer.errors import UserError
 def main() -> None:
     """Start the ranks, or be one of them."""
     options = build_parser().parse_args()
-    if "RANK" not in os.environ and options.ranks > 1:
+    if options.what == "data":
+        measure_reading(options)
+    elif "RANK" not in os.environ and options.ranks > 1:
         start_ranks(options.ranks)
     else:
         measure(options)
@@ -43,7 +47,27 @@ def build_parser() -> argparse.ArgumentParser:
     head.add_argument("--tile-rows", type=positive, metavar="T", help="classes of a tile (default: chosen)")
     head.add_argument("--cache-mib", type=int, metavar="M", help="exponentials kept (default: the head's)")
     head.add_argument("--json", action="store_true", help="for symmetry: the output is always JSON")
+    add_data_command(commands)
     return parser
+
+
+def add_data_command(commands: Any) -> None:
+    """Add ``data`` to the commands."""
+    data = commands.add_parser("data", help="reading, decoding and batching of a packed data set")
+    data.add_argument("folder", type=Path, metavar="FOLDER", help="data shards with an index")
+    data.add_argument("--workers", type=positive, default=2, metavar="N", help="processes of the loader")
+    data.add_argument(
+        "--against",
+        action="append",
+        choices=("pil", "webdataset"),
+        default=[],
+        help="time the usual way too, in turn: ImageFolder or webdataset, both with PIL; may be repeated",
+    )
+    data.add_argument("--batch", type=positive, default=128, metavar="B", help="images of a batch")
+    data.add_argument("--image-size", type=positive, default=112, metavar="PIXELS", help="side of the input")
+    data.add_argument("--images", type=positive, default=5000, metavar="N", help="at most, in every round")
+    data.add_argument("--rounds", type=positive, default=5, metavar="N", help="the median is reported")
+    data.add_argument("--json", action="store_true", help="for symmetry: the output is always JSON")
 
 
 def positive(text: str) -> int:
@@ -83,6 +107,26 @@ def measure(options: argparse.Namespace) -> None:
         result = measure_head(case, world)
         if world.is_main:
             print(json.dumps(result), flush=True)
+
+
+def measure_reading(options: argparse.Namespace) -> None:
+    """Print the figures of every stage. Raises UserError."""
+    import torch
+
+    from trainer.databench import DataCase, measure_data
+
+    torch.set_num_threads(1)
+    case = DataCase(
+        folder=options.folder,
+        workers=options.workers,
+        against=tuple(options.against),
+        batch=options.batch,
+        image_size=options.image_size,
+        images=options.images,
+        rounds=options.rounds,
+    )
+    for figures in measure_data(case):
+        print(json.dumps(figures), flush=True)
 
 
 def start_ranks(num_ranks: int) -> None:

@@ -1,109 +1,21 @@
 import contextlib
-import io
 import random
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision.transforms import v2
 
-from trainer import augment
 from trainer.augment import (
     build_eval_transform,
     build_train_transform,
-    decode,
     random_state_kept,
     seed_generators,
 )
 
 
-def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 def noise(*shape: int) -> np.ndarray:
     return np.random.RandomState(0).randint(0, 256, shape, dtype=np.uint8)
-
-
-def test_decode_gives_channels_height_width_of_the_same_pixels():
-    pixels_HWC = noise(4, 7, 3)
-    decoded = decode(encode(Image.fromarray(pixels_HWC)), 3)
-    assert decoded.dtype == torch.uint8
-    assert decoded.is_contiguous()
-    assert np.array_equal(decoded.numpy(), pixels_HWC.transpose(2, 0, 1))
-
-
-def test_decode_repeats_grey_for_three_channels_and_weighs_colours_for_one():
-    grey_HW, colour_HWC = noise(3, 5), noise(3, 5, 3)
-    assert np.array_equal(decode(encode(Image.fromarray(grey_HW)), 3).numpy(), np.stack([grey_HW] * 3))
-    luma = colour_HWC @ np.array([0.299, 0.587, 0.114])  # ITU-R 601
-    assert np.abs(decode(encode(Image.fromarray(colour_HWC)), 1).numpy()[0] - luma).max() <= 1
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_decode_makes_one_bit_images_black_and_white(channels):
-    bits_HW = noise(6, 6) > 127
-    decoded = decode(encode(Image.fromarray(bits_HW)), channels)
-    assert np.array_equal(decoded.numpy(), np.stack([bits_HW * np.uint8(255)] * channels))
-
-
-def test_decode_shows_what_is_transparent_as_white_paper():
-    rgba = np.zeros((1, 3, 4), dtype=np.uint8)
-    rgba[0, :, 0], rgba[0, :, 3] = 100, (0, 255, 128)
-    expected_red = [255, 100, round(255 + (100 - 255) * 128 / 255)]
-    assert (
-        np.abs(
-            decode(encode(Image.fromarray(rgba)), 3)[0, 0].numpy() - np.array(expected_red, dtype=float)
-        ).max()
-        <= 1
-    )
-    palette = Image.fromarray(np.array([[0, 1]], dtype=np.uint8), "P")
-    palette.putpalette([10, 20, 30, 40, 50, 60])
-    assert decode(encode(palette), 3).flatten().tolist() == [10, 40, 20, 50, 30, 60]
-    assert decode(encode(palette, transparency=0), 3).flatten().tolist() == [255, 40, 255, 50, 255, 60]
-    grey_alpha = Image.merge("LA", [Image.new("L", (1, 1), 9), Image.new("L", (1, 1), 0)])
-    assert decode(encode(grey_alpha), 1).item() == 255
-
-
-def test_decode_scales_sixteen_bits():
-    values = np.array([[0, 255, 256, 65535]], dtype=np.uint16)
-    assert decode(encode(Image.fromarray(values)), 1).flatten().tolist() == [0, 0, 1, 255]
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "BMP"])
-def test_decode_reads_every_format_of_the_shards(kind):
-    assert decode(encode(Image.new("RGB", (5, 4), (200, 10, 10)), kind), 3).shape == (3, 4, 5)
-
-
-def test_decode_of_cmyk_jpeg_gives_rgb():
-    decoded = decode(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), 3)
-    assert (decoded.float().mean((1, 2)) - torch.tensor([255.0, 0.0, 0.0])).abs().max() < 3
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"not an image",
-        encode(Image.fromarray(noise(64, 64, 3)), "JPEG")[:900],
-        encode(Image.fromarray(noise(64, 64)))[:900],
-        encode(Image.new("L", (4, 4)), "GIF"),
-    ],
-)
-def test_decode_raises_one_line_for_broken_bytes(content):
-    with pytest.raises(ValueError, match=r"^cannot decode: ") as caught:
-        decode(content, 3)
-    assert "\n" not in str(caught.value)
-
-
-def test_decode_refuses_an_image_that_would_fill_the_memory(monkeypatch):
-    monkeypatch.setattr(augment, "MAX_PIXELS", 99)
-    assert decode(encode(Image.new("L", (9, 11))), 1).shape == (1, 11, 9)
-    with pytest.raises(ValueError, match="10 x 10 pixels are above the limit of 99"):
-        decode(encode(Image.new("L", (10, 10))), 1)
 
 
 def test_eval_transform_leaves_an_image_of_the_right_size_alone():
@@ -134,6 +46,9 @@ EVERYTHING = {
     "scale_range": (0.9, 1.1),
     "color_jitter": 0.3,
     "erase_probability": 0.5,
+    "rand_augment": 9,
+    "low_resolution_probability": 0.5,
+    "occlusion_probability": 0.5,
 }
 
 
@@ -213,6 +128,44 @@ def test_shift_reaches_its_fraction_and_no_further():
         y, x = divmod(int(transform(dot_CHW).argmax()), 41)
         shifts += [y - 20, x - 20]
     assert (min(shifts), max(shifts)) == (-8, 8)  # 0.2 of 41
+
+
+def test_low_resolution_keeps_the_size_and_the_mean_and_loses_detail():
+    pixels_CHW = torch.from_numpy(noise(3, 32, 32))
+    seed_generators(1)
+    coarse = build_train_transform(image_size=32, low_resolution_probability=1.0)(pixels_CHW)
+    assert coarse.shape == pixels_CHW.shape
+    assert abs(coarse.float().mean() - pixels_CHW.float().mean()) < 4
+    assert coarse.float().std() < 0.8 * pixels_CHW.float().std()
+
+
+def test_occlusion_covers_a_quarter_to_a_half_from_each_side_with_one_grey():
+    pixels_CHW = torch.from_numpy(noise(3, 16, 16))
+    transform = build_train_transform(image_size=16, occlusion_probability=1.0)
+    sides, greys = set(), set()
+    for key in range(60):
+        seed_generators(key)
+        changed_HW = (transform(pixels_CHW) != pixels_CHW).any(0)
+        rows, columns = (changed_HW.float().mean(dim) > 0.9 for dim in (1, 0))  # covered from end to end
+        assert bool(rows.any()) != bool(columns.any())
+        edges = rows if rows.any() else columns
+        assert 4 <= int(edges.sum()) <= 8
+        sides.add((bool(rows.any()), bool(edges[0]), bool(edges[-1])))
+        greys.add(int(transform(torch.zeros(1, 16, 16, dtype=torch.uint8)).max()))
+    assert sides == {(True, True, False), (True, False, True), (False, True, False), (False, False, True)}
+    assert len(greys) > 10
+
+
+def test_the_new_stages_draw_nothing_but_what_the_key_decides():
+    pixels_CHW = torch.from_numpy(noise(3, 16, 16))
+    transform = build_train_transform(
+        image_size=16, rand_augment=9, low_resolution_probability=0.5, occlusion_probability=0.5
+    )
+    for key in range(10):
+        seed_generators(key)
+        once = transform(pixels_CHW)
+        seed_generators(key)
+        assert torch.equal(transform(pixels_CHW), once)
 
 
 def draw() -> tuple[float, float, float]:

@@ -1,5 +1,7 @@
 """The benchmark as a user runs it: its own ranks, JSON on stdout, figures that hang together."""
 
+import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -7,7 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from trainer.databench import DataCase, measure_data
+from trainer.errors import UserError
+from trainer.shards import write_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--classes", "3001", "--dim", "64", "--batch", "24", "--steps", "3")
@@ -67,3 +75,36 @@ def test_what_cannot_be_measured_is_refused_in_one_line(arguments: tuple[str, ..
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_reading_is_measured_stage_by_stage_beside_the_usual_ways(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
+    samples = []
+    for i, pixels in enumerate(noise):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG")
+        samples.append((buffer.getvalue(), "jpg", i % 3))
+    write_shards(samples, tmp_path / "packed", ["a", "b", "c"], samples_per_shard=8)
+    case = DataCase(
+        folder=tmp_path / "packed",
+        workers=1,
+        against=("webdataset", "pil"),
+        batch=8,
+        image_size=16,
+        images=20,
+        rounds=1,
+    )
+    found = {figures["name"]: figures for figures in measure_data(case)}
+    assert list(found) == ["data-read", "data-decode", "data-batch", "data-loader"]
+    assert found["data-loader"]["workers"] == 1
+    for stage, ways in {"read": ("webdataset", "pil"), "decode": ("pil",), "batch": ("pil",)}.items():
+        figures = found[f"data-{stage}"]
+        for way in ways:
+            speedup = figures["images_per_second"] / figures[f"{way}_images_per_second"]
+            assert figures[f"speedup_over_{way}"] == pytest.approx(speedup)
+            ratio = figures[f"{way}_cpu_seconds_per_1000"] / figures["cpu_seconds_per_1000"]
+            assert figures[f"cpu_ratio_to_{way}"] == pytest.approx(ratio)
+    with pytest.raises(UserError, match="--batch: 21 is more than the 20 images"):
+        next(measure_data(dataclasses.replace(case, batch=21)))
+    with pytest.raises(UserError, match=r"--workers: webdataset needs a shard for each, .* has 3"):
+        next(measure_data(dataclasses.replace(case, workers=4)))

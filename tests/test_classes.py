@@ -12,9 +12,10 @@ from ranks import run_on_ranks
 from small_run import make_run, pack_photos, random_backbone
 from torch import Tensor
 
-from trainer.augment import build_eval_transform, decode
+from trainer.augment import build_eval_transform
 from trainer.checkpoint import read_rows, read_tensors
 from trainer.classes import change_classes, config_for, match, write_changed
+from trainer.decode import decode
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.head import ClassShard, initial_rows

@@ -208,6 +208,30 @@ def test_digests_add_up_to_the_same_number_for_any_ranks(index, six_steps):
             assert (int(total) - expected) % 2**64 == 0
 
 
+def digests_of(index, num_steps, world_size, workers=0, start=START):
+    """Return the digest of each global batch, and the position after the last, from simulated ranks."""
+    loaders = [
+        train(index, rank=r, world_size=world_size, workers=workers, start=start, with_digests=True)
+        for r in range(world_size)
+    ]
+    totals = []
+    for _ in range(num_steps):
+        of_ranks = [next(loader) for loader in loaders]
+        totals.append(sum(int(batch.digests_N.sum()) for batch, _ in of_ranks) % 2**64)
+    return totals, of_ranks[0][1]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_run_stopped_on_two_ranks_and_gone_on_on_three_and_on_one_has_the_same_digests(index, workers):
+    expected, _ = digests_of(index, 11, world_size=1)
+    assert len(set(expected)) == 11
+    position, found = START, []
+    for world_size, num_steps in ((2, 2), (3, 5), (1, 1), (4, 3)):  # stops within epochs 0 and 1
+        some, position = digests_of(index, num_steps, world_size, workers, position)
+        found += some
+    assert found == expected
+
+
 def test_digest_depends_on_the_order():
     image = torch.zeros(1, 2, 2, dtype=torch.uint8)
     assert longhand_digest(0, 0, image, 1) + longhand_digest(0, 1, image, 2) != longhand_digest(

@@ -1,3 +1,4 @@
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -141,3 +142,43 @@ def test_shard_that_shrinks_while_open_is_a_short_read(packed):
         UserError, match=r"shard data-000002.tar, sample 000000008.png: cannot read: 10 of \d+ bytes"
     ):
         packed.read(8)
+
+
+def test_many_samples_come_in_the_order_asked(packed):
+    asked = [9, 0, 3, 3, 8, 1]
+    assert packed.read_many(asked) == [image(i) for i in asked]
+    assert packed.read_many([]) == []
+
+
+class Storage:
+    """Stands in for os.pread: fails so many times first."""
+
+    def __init__(self, error: int, times: int, monkeypatch) -> None:
+        self.error, self.left, self.real, self.waits = error, times, os.pread, []
+        monkeypatch.setattr(os, "pread", self)
+        monkeypatch.setattr(index.time, "sleep", self.waits.append)
+
+    def __call__(self, *arguments) -> bytes:
+        if self.left:
+            self.left -= 1
+            raise OSError(self.error, os.strerror(self.error))
+        return self.real(*arguments)
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])
+def test_an_error_of_the_storage_is_tried_again_and_then_raised(packed, monkeypatch, error):
+    storage = Storage(error, 2, monkeypatch)
+    assert packed.read(3) == image(3)
+    assert storage.waits == [0.1, 1.0]
+    storage.left = 99
+    with pytest.raises(UserError, match=r"shard data-000000.tar, sample .*: cannot read: "):
+        packed.read(3)
+    storage.left = 0
+    assert packed.read(3) == image(3)
+
+
+def test_an_error_that_will_not_pass_is_raised_at_once(packed, monkeypatch):
+    storage = Storage(errno.EACCES, 1, monkeypatch)
+    with pytest.raises(UserError, match="cannot read: Permission denied"):
+        packed.read(3)
+    assert storage.waits == []

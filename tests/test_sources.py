@@ -10,7 +10,7 @@ import pytest
 from launching import OMNIGLOT
 from PIL import Image
 
-from trainer.augment import decode
+from trainer.decode import decode
 from trainer.errors import UserError
 from trainer.order import epoch_order
 from trainer.sources import OMNIGLOT_EVALUATION, image_folder, mnist5k, omniglot, shuffled

@@ -13,9 +13,10 @@ from small_run import make_run, pack_photos, random_backbone
 from torch import Tensor, nn
 
 from trainer import warm_start as module
-from trainer.augment import build_eval_transform, decode
+from trainer.augment import build_eval_transform
 from trainer.checkpoint import read_rows
 from trainer.config import Config
+from trainer.decode import decode
 from trainer.distributed import World, joined_world
 from trainer.errors import UserError
 from trainer.head import ClassShard, CocoHead, initial_rows

@@ -27,6 +27,12 @@ level 3
     diagnostics    near centroids, weak classes, effective rank: a head and its embeddings from inside
     class_means    the mean feature of every class in one pass: where a centroid best begins
     losses         losses of whole batches beside the class softmax, and weighted sums of them
+    feed           from a configuration to training data: opened, ordered, the same on all ranks
+    state          all that changes while training: built, saved, restored
+    benchmark      what the head costs on this machine, in time and memory
+level 3
+    stream         batches from shards without an index: what it promises, and what not
+    databench      what reading and decoding cost, beside webdataset and PIL
     fused          the head at its limit: no logits, no normalised copy, no dense gradient
     plan           memory, traffic and time for K classes on N GPUs, before renting them
     textbook       the class-parallel head as usually written: what the benchmark compares with
@@ -45,12 +51,15 @@ level 2
     options        YAML and command line to Config and back; help and reference page [yaml]
     backbone       a name to a network from images to embeddings [timm]
     data           batches from an index, the same on any number of ranks and workers
+    mixture        several packed data sets that are read as one
     shards         data shards: written as tars, or indexed where they are [webdataset]
     optimizer      the optimizer of backbone and head, its state allocated at once
     figures        pictures of an evaluation and of a run [matplotlib]
     imagesets      images to be judged, packed or in a folder, their keys and notes
     protocols      published ways to judge features, one file each, beside its definition
 level 1
+    ledger         samples that could not be used: written down, limited, skipped when known
+    samplers       which sample is at which position: shuffled, balanced, weighted, mixed
     config         every option of a run: typed, checked, documented once [pydantic]
     distributed    which rank am I, on which device, with whom [torch.distributed]
     margins        softmax losses of cosines: what each changes in the COCO loss
@@ -66,7 +75,8 @@ level 1
     jobs           independent pieces of work in several processes
 level 0
     collectives    every tensor that travels between ranks in a step, with its gradient [torch.distributed]
-    augment        from the bytes of an image to the tensor that is sent to the device
+    decode         from the bytes of an image to its pixels
+    augment        from pixels to the tensor that is sent to the device
     order          in which order samples are seen: a function of seed and epoch
     machines       accelerators by their data sheets
     networks       networks of the papers that timm does not have

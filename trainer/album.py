@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from trainer.augment import decode
+from trainer.decode import decode
 from trainer.errors import UserError
 from trainer.imagesets import ImageSet
 

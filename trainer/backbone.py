@@ -76,7 +76,9 @@ class Backbone(nn.Module):
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Return N x D embeddings of N x C x H x W uint8 images."""
         dtype = next(self.network.parameters()).dtype
-        x_NCHW = ((images_NCHW.float() - self.mean_C11.float()) / self.std_C11.float()).to(dtype)
+        # Images arrive as decoders write them, channels last: the conversion turns them on the device.
+        floats_NCHW = images_NCHW.to(torch.float32, memory_format=torch.contiguous_format)
+        x_NCHW = ((floats_NCHW - self.mean_C11.float()) / self.std_C11.float()).to(dtype)
         return self.neck(self.network(x_NCHW))
 
 

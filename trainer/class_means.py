@@ -17,7 +17,7 @@ from trainer.augment import build_eval_transform
 from trainer.backbone import image_size_of
 from trainer.collectives import gather_batch
 from trainer.config import Config
-from trainer.data import build_eval_loader
+from trainer.data import Samples, build_eval_loader
 from trainer.distributed import World
 from trainer.head import ClassShard, initial_rows, own_targets
 from trainer.index import Index
@@ -25,7 +25,12 @@ from trainer.index import Index
 
 @torch.no_grad()
 def class_means(
-    embed: Callable[[Tensor], Tensor], index: Index, shard: ClassShard, dim: int, config: Config, world: World
+    embed: Callable[[Tensor], Tensor],
+    index: Samples,
+    shard: ClassShard,
+    dim: int,
+    config: Config,
+    world: World,
 ) -> tuple[Tensor, Tensor]:
     """Return the directions of the mean features, C x D of length 1, and how many images each class has, C.
 

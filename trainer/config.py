@@ -65,6 +65,58 @@ class DataConfig:
     workers: NotNegativeInt = 2
     """Processes per rank that read and decode; 0 reads in the training process. Changes speed only."""
 
+    reader: Literal["indexed", "stream"] = "indexed"
+    """`indexed` reads any sample by the index: exact epochs, the same batches on any number of ranks, resumed
+    where they were. `stream` reads shards without an index from front to back and promises none of these:
+    `trainer/stream.py`. It needs `head.num_classes` and `epoch_images`."""
+
+    epoch_images: PositiveInt | None = None
+    """Images that count as an epoch of the stream reader."""
+
+    stream_buffer: PositiveInt = 5000
+    """Samples among which each worker of the stream reader shuffles."""
+
+    sampler: Literal["shuffled", "balanced", "class_weighted"] = "shuffled"
+    """Order of an epoch. `shuffled`: every image once. `balanced` (P x K): a micro-batch holds
+    `samples_per_class` images of each of its classes, all on one rank. `class_weighted`: a class with n
+    images is drawn in proportion to n to the power of `class_power`. None depends on the number of ranks."""
+
+    samples_per_class: PositiveInt = 4
+    """K of the balanced sampler; must divide the images of a rank's micro-batch. A class with fewer images
+    repeats them."""
+
+    class_power: Fraction = 0.5
+    """Of the class-weighted sampler: 1 is the data's own frequencies, 0.5 their square root, 0 shows every
+    class equally often."""
+
+    shuffle_window: PositiveInt | None = None
+    """Shuffle so many data shards at a time, in random order, so that images which are neighbours on a slow
+    disk are read at about the same time. None shuffles all of the data together, however large."""
+
+    mix: dict[str, Positive] = Field(default_factory=dict)
+    """Further folders of data shards, and how many of their images are drawn for one of `train`. An epoch is
+    one pass over `train`; all images of a set are drawn before any is drawn again. Shuffled only."""
+
+    mix_labels: Literal["name", "offset"] = "name"
+    """Classes of mixed data sets: those of the same name are one class, or each set has its own, numbered
+    behind those of the set before."""
+
+    on_bad_sample: Literal["stop", "replace"] = "stop"
+    """What happens to an image that cannot be decoded: the run stops, or another image takes its place, the
+    same on any number of ranks, and it is noted in the run's folder, in `bad_samples`. Storage that cannot be
+    read is tried again and then always stops the run."""
+
+    max_bad_fraction: Fraction = 0.001
+    """With `on_bad_sample: replace`: more bad images than this part of the data stop the run."""
+
+    quarantine: Path | None = None
+    """File of a run's `bad_samples`, or the folder: these images are replaced without being tried, by those
+    that `on_bad_sample: replace` takes."""
+
+    reduced_decode: bool = False
+    """Decode large JPEGs at 1/2, 3/8, 1/4 or 1/8 of their size where no crop needs more pixels: faster, and
+    slightly other pixels, the same on every rank. Training only."""
+
     log_batch_digest: bool = False
     """Write `data/batch_digest` at every step: an order-sensitive hash of the positions, pixels and labels
     of the global batch, equal on any number of ranks and workers."""
@@ -94,6 +146,17 @@ class AugmentConfig:
 
     erase: Fraction = 0.0
     """Probability of erasing a random rectangle."""
+
+    rand_augment: Annotated[int, Field(ge=0, le=30, strict=True)] = 0
+    """Magnitude, 1 to 30, of RandAugment: two operations of its list on every image. 0 has none."""
+
+    low_resolution: Fraction = 0.0
+    """Probability of shrinking the image to 0.2 to 1 of its side and enlarging it again, as faces of
+    surveillance cameras are."""
+
+    occlusion: Fraction = 0.0
+    """Probability of covering with grey a quarter to a half of the image, from one of its four sides, as
+    masks, scarves and hats do."""
 
 
 @section
@@ -618,6 +681,12 @@ def check_across_fields(config: Config) -> None:
         raise UserError(f"eval.verification.{name}: eval.classification has a set of the same name")
     for name in config.eval.protocols.keys() & {*config.eval.classification, *config.eval.verification}:
         raise UserError(f"eval.protocols.{name}: another test set has the same name")
+    if config.data.reader == "stream":
+        _check_stream(config)
+    if config.data.mix and config.data.sampler != "shuffled":
+        raise UserError(f"data.mix: needs data.sampler=shuffled, got {config.data.sampler}")
+    if config.data.shuffle_window and (config.data.mix or config.data.sampler != "shuffled"):
+        raise UserError("data.shuffle_window: needs data.sampler=shuffled and no data.mix")
     if config.data.batch_size % engine.accumulation_steps:
         raise UserError(
             f"data.batch_size: {config.data.batch_size} is not divisible by "
@@ -663,3 +732,20 @@ def _require(what: str, others: Mapping[str, tuple[Any, Any]]) -> None:
     for field, (value, needed) in others.items():
         if value != needed:
             raise UserError(f"{what} needs {field}={'null' if needed is None else needed}, got {value}")
+
+
+def _check_stream(config: Config) -> None:
+    """Refuse what the stream reader cannot do."""
+    data = config.data
+    if data.epoch_images is None or config.head.num_classes is None:
+        raise UserError("data.reader: stream needs data.epoch_images and head.num_classes")
+    wanted = {
+        "sampler": data.sampler != "shuffled",
+        "shuffle_window": data.shuffle_window is not None,
+        "mix": bool(data.mix),
+        "on_bad_sample": data.on_bad_sample != "stop",
+        "quarantine": data.quarantine is not None,
+        "log_batch_digest": data.log_batch_digest,
+    }
+    for name in (name for name, is_wanted in wanted.items() if is_wanted):
+        raise UserError(f"data.{name}: needs data.reader=indexed, got stream")

@@ -1,42 +1,76 @@
 """Batches of images from an index: the same global batches on any number of ranks and workers.
 
-An item of the loader is (epoch, position, sample), and everything about it, augmentation included, is a
-function of (seed, epoch, position). So a worker has no state, and the state of the whole loader is one
-``Position``. It is counted where batches arrive: what workers have prefetched does not count.
+An item is (epoch, position, sample), and everything about it, augmentation and what replaces it if it is
+bad included, is a function of (seed, epoch, position). So a worker has no state, and the state of the whole
+loader is one ``Position``. It is counted where batches arrive: what workers have prefetched does not count.
 
-A sample that cannot be read is handed over as a value: an exception would leave the worker with a traceback
-for its message. Shapes: N images of this rank, C channels, H height, W width.
+A worker makes a whole batch: it reads the samples in the order in which they lie and decodes them one after
+another into one array. What cannot be read is handed over as a value: an exception would leave the worker
+with a traceback for its message. Shapes: N images of this rank, C channels, H height, W width.
 """
 
 import hashlib
 import struct
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.augment import Transform, decode, random_state_kept, seed_generators
+from trainer.augment import Transform, random_state_kept, seed_generators
+from trainer.decode import decode
 from trainer.errors import UserError
-from trainer.index import Index
-from trainer.order import Position, epoch_order, rank_positions, sample_key
+from trainer.ledger import BadSample, Ledger
+from trainer.order import Position, rank_positions, sample_key
+from trainer.samplers import Order, ShuffledOrder
 
 PADDING_LABEL = -1
+MAX_REPLACEMENTS = 20  # one after another, all bad: then the data is
+
+
+class Samples(Protocol):
+    """What is needed of an index (``trainer.index``), or of several as one (``trainer.mixture``)."""
+
+    @property
+    def field(self) -> str:
+        """Begins messages."""
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+
+    @property
+    def labels_N(self) -> Any:
+        """Label of every sample."""
+
+    def read_many(self, samples: Sequence[int]) -> list[bytes]:
+        """Return the bytes of images in the order asked. Raises UserError."""
+
+    def describe(self, i: int) -> str:
+        """Return where a sample is, for messages."""
+
+    def locate(self, i: int) -> tuple[str, int]:
+        """Return the shard and the byte where the image of a sample begins."""
+
+    def member_name(self, i: int) -> str:
+        """Return its name in the shard."""
 
 
 class Batch(NamedTuple):
     """The images of one step on one rank."""
 
     images_NCHW: Tensor
-    """uint8; the backbone normalises."""
+    """uint8, in memory channels last; the backbone normalises."""
     labels_N: Tensor
     """int64; -1 for padding, which no class can equal."""
     valid_N: Tensor
     """bool; False for padding, which only evaluation has."""
     digests_N: Tensor | None
     """int64; their wrapped sum over a global batch is its digest, whatever the ranks and their order."""
+    bad: tuple[BadSample, ...] = ()
+    """What was replaced."""
 
 
 class _Item(NamedTuple):
@@ -45,19 +79,14 @@ class _Item(NamedTuple):
     sample: int
 
 
-class _Sample(NamedTuple):
-    image_CHW: Tensor
-    label: int
-    valid: bool
-    digest: int | None
+class Failure(NamedTuple):
+    """Why there is no batch."""
 
-
-class _Failure(NamedTuple):
     message: str
 
 
 def build_train_loader(
-    index: Index,
+    index: Samples,
     transform: Transform,
     *,
     channels: int,
@@ -68,23 +97,39 @@ def build_train_loader(
     world_size: int,
     workers: int,
     start: Position,
+    order: Order | None = None,
+    smallest_side: int | None = None,
+    ledger: Ledger | None = None,
+    quarantine: frozenset[int] = frozenset(),
     with_digests: bool = False,
 ) -> Generator[tuple[Batch, Position], None, None]:
     """Return an endless iterator over steps: (this rank's batch, the position after the step).
 
     A batch holds the rank's micro-batches one after another. The same position comes on every rank. Workers
-    start at once, and end with ``close()`` or when the iterator is dropped. Raises UserError if the global
-    batch does not fit ranks, accumulation or data, and in the iterator for a sample that cannot be read.
+    start at once, and end with ``close()`` or when the iterator is dropped. The order is ShuffledOrder if
+    none is given; ``smallest_side`` is that of ``decode``. With a ledger an image that cannot be decoded is
+    replaced and written there, else it is the end; what is in ``quarantine`` is replaced unseen. Raises
+    UserError if the global batch does not fit ranks, accumulation or data, and in the iterator for a sample
+    that cannot be read, or for too many bad ones.
     """
-    _check_batch(index, global_batch, accumulation, world_size)
-    start = start.normalised(global_batch, index.num_samples)
-    samples = _TrainSamples(index, transform, channels, rank, seed, with_digests)
-    plan = _TrainPlan(index.num_samples, seed, global_batch, accumulation, rank, world_size, start)
-    return _steps(iter(_loader(samples, plan, workers)), start, global_batch, index.num_samples)
+    order = order or ShuffledOrder(index.num_samples, seed)
+    _check_batch(index, order.num_positions, global_batch, accumulation, world_size)
+    start = start.normalised(global_batch, order.num_positions)
+    samples = _TrainSamples(
+        _Reader(index, transform, channels, rank, smallest_side),
+        order=order,
+        seed=seed,
+        replace=ledger is not None,
+        quarantine=quarantine,
+        with_digests=with_digests,
+    )
+    plan = _TrainPlan(order, global_batch, accumulation, rank, world_size, start)
+    batches = iter(_loader(samples, plan, workers))
+    return _steps(batches, start, global_batch, order.num_positions, ledger)
 
 
 def build_eval_loader(
-    index: Index,
+    index: Samples,
     transform: Transform,
     *,
     channels: int,
@@ -99,7 +144,7 @@ def build_eval_loader(
     batch rounded up to a multiple of the ranks), so collectives match; the end is padded with valid = False.
     The batches of all ranks, one after another, are a slice of the data set.
     """
-    samples = _EvalSamples(index, transform, channels, rank)
+    samples = _EvalSamples(_Reader(index, transform, channels, rank, None))
     plan = _EvalPlan(index.num_samples, -(-batch_size // world_size), rank, world_size)
     return EvalLoader(_loader(samples, plan, workers))
 
@@ -114,15 +159,14 @@ class EvalLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _unwrapped(iter(self._loader))
+        return batches_or_error(iter(self._loader))
 
 
 @dataclass(frozen=True)
 class _TrainPlan:
     """The items of this rank, step after step, for ever."""
 
-    num_samples: int
-    seed: int
+    order: Order
     global_batch: int
     accumulation: int
     rank: int
@@ -133,7 +177,7 @@ class _TrainPlan:
         position = self.start
         while True:
             epoch = position.epoch
-            order = epoch_order(self.num_samples, self.seed, epoch)
+            samples_of = self.order.of_epoch(epoch)
             while position.epoch == epoch:
                 mine = rank_positions(
                     position.consumed,
@@ -144,9 +188,9 @@ class _TrainPlan:
                 )
                 yield [
                     _Item(epoch, i, sample)
-                    for i, sample in zip(mine.tolist(), order[mine].tolist(), strict=True)
+                    for i, sample in zip(mine.tolist(), samples_of(mine).tolist(), strict=True)
                 ]
-                position = position.advance(self.global_batch, self.num_samples)
+                position = position.advance(self.global_batch, self.order.num_positions)
 
 
 @dataclass(frozen=True)
@@ -167,54 +211,145 @@ class _EvalPlan:
             yield list(range(first, first + self.local_batch))
 
 
-class _TrainSamples(Dataset[_Sample | _Failure]):
+@dataclass(frozen=True)
+class _Reader:
+    """From samples to images of one shape, put into one array."""
+
+    index: Samples
+    transform: Transform
+    channels: int
+    rank: int
+    smallest_side: int | None
+
+    def read_many(self, samples: Sequence[int]) -> list[bytes] | Failure:
+        try:
+            return self.index.read_many(samples)
+        except UserError as error:
+            return Failure(f"rank {self.rank}: {error}")
+
+    def decode(self, image_bytes: bytes) -> Tensor:
+        return decode(image_bytes, self.channels, self.smallest_side)
+
+    def failure(self, sample: int, error: ValueError) -> Failure:
+        return Failure(f"rank {self.rank}: {self.index.describe(sample)}: {error}")
+
+
+class _TrainSamples(Dataset[Batch | Failure]):
+    """The "index" of this data set is the items of a whole step."""
+
     def __init__(
-        self, index: Index, transform: Transform, channels: int, rank: int, seed: int, with_digests: bool
+        self,
+        reader: _Reader,
+        *,
+        order: Order,
+        seed: int,
+        replace: bool,
+        quarantine: frozenset[int],
+        with_digests: bool,
     ) -> None:
-        self.index, self.transform, self.channels = index, transform, channels
-        self.rank, self.seed, self.with_digests = rank, seed, with_digests
+        self.reader, self.order, self.seed = reader, order, seed
+        self.replace, self.quarantine, self.with_digests = replace, quarantine, with_digests
 
-    def __getitem__(self, item: _Item) -> _Sample | _Failure:
-        image_CHW = _read(self.index, item.sample, self.channels, self.rank)
-        if isinstance(image_CHW, _Failure):
-            return image_CHW
-        seed_generators(sample_key(self.seed, item.epoch, item.position))
-        image_CHW = self.transform(image_CHW)
-        label = int(self.index.labels_N[item.sample])
-        return _Sample(image_CHW, label, True, _digest(item, image_CHW, label) if self.with_digests else None)
+    def __getitem__(self, items: list[_Item]) -> Batch | Failure:
+        contents = self.reader.read_many([item.sample for item in items])
+        if isinstance(contents, Failure):
+            return contents
+        images, labels, digests = _Images(len(items)), [], []
+        bad: list[BadSample] = []
+        for item, content in zip(items, contents, strict=True):
+            found = self._decoded(item, content, bad)
+            if isinstance(found, Failure):
+                return found
+            sample, image_CHW = found
+            seed_generators(sample_key(self.seed, item.epoch, item.position))
+            image_CHW = self.reader.transform(image_CHW)
+            labels.append(int(self.reader.index.labels_N[sample]))
+            images.append(image_CHW)
+            if self.with_digests:
+                digests.append(_digest(item, image_CHW, labels[-1]))
+        return Batch(
+            images.images_NCHW,
+            torch.tensor(labels),
+            torch.ones(len(items), dtype=torch.bool),
+            torch.tensor(digests) if digests else None,
+            tuple(bad),
+        )
+
+    def _decoded(self, item: _Item, content: bytes, bad: list[BadSample]) -> tuple[int, Tensor] | Failure:
+        """Return the item's sample, or the first good one of those that may replace it, and its pixels."""
+        sample = item.sample
+        for attempt in range(MAX_REPLACEMENTS):
+            try:
+                if sample not in self.quarantine:
+                    return sample, self.reader.decode(content)
+            except ValueError as error:
+                if not self.replace:
+                    return self.reader.failure(sample, error)
+                bad.append(self._describe(item, sample, str(error)))
+            sample = self.order.substitute(sample, item.epoch, item.position, attempt)
+            contents = self.reader.read_many([sample])
+            if isinstance(contents, Failure):
+                return contents
+            (content,) = contents
+        return self.reader.failure(sample, ValueError(f"{MAX_REPLACEMENTS} replacements in a row are bad"))
+
+    def _describe(self, item: _Item, sample: int, reason: str) -> BadSample:
+        shard, offset = self.reader.index.locate(sample)
+        key = self.reader.index.member_name(sample)
+        return BadSample(shard, offset, key, reason, item.epoch, item.position)
 
 
-class _EvalSamples(Dataset[_Sample | _Failure]):
-    def __init__(self, index: Index, transform: Transform, channels: int, rank: int) -> None:
-        self.index, self.transform, self.channels, self.rank = index, transform, channels, rank
+class _EvalSamples(Dataset[Batch | Failure]):
+    """The "index" of this data set is the positions of a whole step."""
 
-    def __getitem__(self, position: int) -> _Sample | _Failure:
-        valid = position < self.index.num_samples
-        sample = position if valid else 0  # padding has to look like an image
-        image_CHW = _read(self.index, sample, self.channels, self.rank)
-        if isinstance(image_CHW, _Failure):
-            return image_CHW
-        label = int(self.index.labels_N[sample]) if valid else PADDING_LABEL
-        return _Sample(self.transform(image_CHW), label, valid, None)
+    def __init__(self, reader: _Reader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, positions: list[int]) -> Batch | Failure:
+        index = self.reader.index
+        valid = [position < index.num_samples for position in positions]
+        samples = [position if good else 0 for position, good in zip(positions, valid, strict=True)]
+        contents = self.reader.read_many(samples)  # padding has to look like an image
+        if isinstance(contents, Failure):
+            return contents
+        images = _Images(len(samples))
+        for sample, content in zip(samples, contents, strict=True):
+            try:
+                images.append(self.reader.transform(self.reader.decode(content)))
+            except ValueError as error:
+                return self.reader.failure(sample, error)
+        valid_N, labels_N = torch.tensor(valid), torch.from_numpy(index.labels_N[samples].astype("int64"))
+        return Batch(images.images_NCHW, labels_N.masked_fill(~valid_N, PADDING_LABEL), valid_N, None)
 
 
-def _loader(samples: Dataset[Any], plan: Any, workers: int) -> DataLoader[Any]:
+class _Images:
+    """The images of a batch, put one by one into an array that is channels last, as decoders write."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._filled = count, 0
+        self.images_NCHW = torch.empty(0, dtype=torch.uint8)
+
+    def append(self, image_CHW: Tensor) -> None:
+        if self._filled == 0:
+            shape = (self._count, *image_CHW.shape)
+            self.images_NCHW = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+        self.images_NCHW[self._filled].copy_(image_CHW)
+        self._filled += 1
+
+
+def _loader(steps: Dataset[Any], plan: Any, workers: int) -> DataLoader[Any]:
     return DataLoader(
-        samples,
-        batch_sampler=plan,
+        steps,
+        sampler=plan,
+        batch_size=None,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=_as_it_is,
         generator=torch.Generator(),  # else the loader draws from the caller's
     )
 
 
-def _read(index: Index, sample: int, channels: int, rank: int) -> Tensor | _Failure:
-    try:
-        return decode(index.read(sample), channels)
-    except UserError as error:
-        return _Failure(f"rank {rank}: {error}")
-    except ValueError as error:
-        return _Failure(f"rank {rank}: {index.describe(sample)}: {error}")
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _digest(item: _Item, image_CHW: Tensor, label: int) -> int:
@@ -223,49 +358,43 @@ def _digest(item: _Item, image_CHW: Tensor, label: int) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def _collate(samples: Sequence[_Sample | _Failure]) -> Batch | _Failure:
-    good = [sample for sample in samples if isinstance(sample, _Sample)]
-    if len(good) < len(samples):
-        return next(sample for sample in samples if isinstance(sample, _Failure))
-    digests = [sample.digest for sample in good if sample.digest is not None]
-    return Batch(
-        images_NCHW=torch.stack([sample.image_CHW for sample in good]),
-        labels_N=torch.tensor([sample.label for sample in good]),
-        valid_N=torch.tensor([sample.valid for sample in good]),
-        digests_N=torch.tensor(digests) if digests else None,
-    )
-
-
-def _unwrapped(batches: Iterator[Batch | _Failure]) -> Iterator[Batch]:
+def batches_or_error(batches: Iterator[Batch | Failure]) -> Iterator[Batch]:
     """Yield the batches; raise UserError for one that could not be read, after ending the workers."""
     while True:
         with random_state_kept():  # without workers, augmentation draws in this process
             batch = next(batches, None)
         if batch is None:
             return
-        if isinstance(batch, _Failure):
+        if isinstance(batch, Failure):
             del batches  # if the traceback kept it, ending the workers would wait 5 s for a time-out
             raise UserError(batch.message)
         yield batch
 
 
 def _steps(
-    batches: Iterator[Batch | _Failure], position: Position, global_batch: int, num_samples: int
+    batches: Iterator[Batch | Failure],
+    position: Position,
+    global_batch: int,
+    num_positions: int,
+    ledger: Ledger | None,
 ) -> Generator[tuple[Batch, Position], None, None]:
-    unwrapped = _unwrapped(batches)
+    unwrapped = batches_or_error(batches)
     del batches
     for batch in unwrapped:
-        position = position.advance(global_batch, num_samples)
+        for bad in batch.bad:
+            assert ledger is not None
+            ledger.add(bad)
+        position = position.advance(global_batch, num_positions)
         yield batch, position
 
 
-def _check_batch(index: Index, global_batch: int, accumulation: int, world_size: int) -> None:
+def _check_batch(
+    index: Samples, num_positions: int, global_batch: int, accumulation: int, world_size: int
+) -> None:
     if global_batch % (accumulation * world_size):
         raise UserError(
             f"data.batch_size is {global_batch}, which is not divisible by {world_size} ranks x "
             f"engine.accumulation_steps {accumulation}"
         )
-    if global_batch > index.num_samples:
-        raise UserError(
-            f"data.batch_size is {global_batch} but {index.field} holds {index.num_samples} images"
-        )
+    if global_batch > num_positions:
+        raise UserError(f"data.batch_size is {global_batch} but {index.field} holds {num_positions} images")

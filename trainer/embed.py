@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.augment import build_eval_transform, decode
+from trainer.augment import build_eval_transform
 from trainer.collectives import concatenate_over, from_main, wait_for_all
+from trainer.decode import decode
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.imagesets import ImageSet, open_images

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.augment import build_eval_transform, decode
+from trainer.augment import build_eval_transform
 from trainer.backbone import Backbone, image_size_of, is_from_timm, load_timm, save_timm, with_classifier
+from trainer.decode import decode
 from trainer.errors import UserError
 from trainer.index import Index, open_index
 from trainer.options import dump

@@ -12,12 +12,15 @@ Array names end in their dimension: N samples.
 """
 
 import dataclasses
+import errno
 import json
 import os
 import tarfile
+import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,6 +39,9 @@ ARRAYS: dict[str, np.dtype[Any]] = {
 MAX_NOTE = 1 << 20  # bytes of a KEY.json
 MAX_MEMBERS = 64  # between two images; tarfile follows a negative size backwards for ever
 MAX_OPEN_FILES = 128  # per process; a login shell's limit is 1024
+# A network file system says so of a server that restarts, or of a file that was moved under an open one.
+PASSING_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+RETRY_SECONDS = (0.1, 1.0, 5.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +58,28 @@ class _OpenFiles:
     """Shards, opened when first read, the least recently used closed first. Fork-safe: pread seeks not."""
 
     def __init__(self) -> None:
-        self._descriptors: OrderedDict[Path, int] = OrderedDict()
+        self._descriptors: OrderedDict[str, int] = OrderedDict()
 
-    def pread(self, path: Path, length: int, offset: int) -> bytes:
+    def pread(self, path: str, length: int, offset: int) -> bytes:
+        """Read again, from a file opened anew, after an error of the storage that may pass."""
+        for patience in RETRY_SECONDS:
+            try:
+                return os.pread(self._descriptor(path), length, offset)
+            except OSError as error:
+                if error.errno not in PASSING_ERRORS:
+                    raise
+                if path in self._descriptors:
+                    os.close(self._descriptors.pop(path))
+                time.sleep(patience)
+        return os.pread(self._descriptor(path), length, offset)
+
+    def _descriptor(self, path: str) -> int:
         if path not in self._descriptors:
             if len(self._descriptors) >= MAX_OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
             self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._descriptors.move_to_end(path)
-        return os.pread(self._descriptors[path], length, offset)
+        return self._descriptors[path]
 
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():
@@ -103,27 +122,58 @@ class Index:
         shard = int(np.searchsorted(self.starts, i, side="right")) - 1
         return self.shards[shard].name, int(self.offsets_N[i])
 
+    def find(self, shard: str, offset: int) -> int | None:
+        """Return the sample whose image begins at a byte of a shard, if there is one: locate's inverse."""
+        for first, end, known in zip(self.starts[:-1], self.starts[1:], self.shards, strict=True):
+            if known.name == shard:
+                found = first + np.flatnonzero(self.offsets_N[first:end] == offset)
+                return int(found[0]) if len(found) else None
+        return None
+
+    def member_name(self, i: int) -> str:
+        """Return the name of image ``i`` in its tar, or where it is if its header cannot be read."""
+        shard, offset = self.locate(i)
+        try:
+            header = self._files.pread(
+                str(self.folder / shard), tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE
+            )
+            return ascii(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[1:-1]
+        except (OSError, tarfile.TarError):
+            return f"at byte {offset}"
+
     def read(self, i: int) -> bytes:
         """Return the bytes of image ``i``. Raises UserError naming the shard and the sample."""
-        shard, offset = self.locate(i)
-        length = int(self.lengths_N[i])
-        try:
-            image = self._files.pread(self.folder / shard, length, offset)
-        except OSError as error:
-            raise UserError(f"{self.describe(i)}: cannot read: {error.strerror}") from None
-        if len(image) != length:
-            raise UserError(f"{self.describe(i)}: cannot read: {len(image)} of {length} bytes are there")
-        return image
+        return self.read_many([i])[0]
+
+    def read_many(self, samples: Sequence[int]) -> list[bytes]:
+        """Return the bytes of images in the order asked, read in the order in which they lie.
+
+        Storage errors that may pass are tried again. Raises UserError naming the shard and the sample.
+        """
+        samples_N = np.asarray(samples, dtype=np.int64)
+        shards_N = np.searchsorted(self.starts, samples_N, side="right") - 1
+        offsets_N = np.asarray(self.offsets_N)[samples_N]
+        lengths, shards, offsets = self.lengths_N[samples_N].tolist(), shards_N.tolist(), offsets_N.tolist()
+        images = [b""] * len(samples_N)
+        for k in np.lexsort((offsets_N, shards_N)).tolist():
+            try:
+                images[k] = self._files.pread(self._paths[shards[k]], lengths[k], offsets[k])
+            except OSError as error:
+                raise UserError(f"{self.describe(samples[k])}: cannot read: {error.strerror}") from None
+            if len(images[k]) != lengths[k]:
+                raise UserError(
+                    f"{self.describe(samples[k])}: cannot read: "
+                    f"{len(images[k])} of {lengths[k]} bytes are there"
+                )
+        return images
+
+    @cached_property
+    def _paths(self) -> tuple[str, ...]:
+        return tuple(str(self.folder / shard.name) for shard in self.shards)
 
     def describe(self, i: int) -> str:
         """Return where sample ``i`` is, for messages: field, shard and the member's name (or its offset)."""
-        shard, offset = self.locate(i)
-        try:
-            header = self._files.pread(self.folder / shard, tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
-            name = ascii(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[1:-1]
-        except (OSError, tarfile.TarError):
-            name = f"at byte {offset}"
-        return f"{self.field}: shard {shard}, sample {name}"
+        return f"{self.field}: shard {self.locate(i)[0]}, sample {self.member_name(i)}"
 
     def read_note(self, i: int) -> dict[str, Any]:
         """Return what KEY.json says of sample ``i``, {} without one. Raises UserError naming the sample.

@@ -2,25 +2,22 @@
 
 import dataclasses
 import time
-from collections.abc import Generator
 from contextlib import closing
 
 import torch
 from torch import Tensor
 
-from trainer.augment import build_train_transform
-from trainer.backbone import image_size_of
 from trainer.checkpoint import Checkpoints
 from trainer.collectives import sum_over
 from trainer.config import Config
-from trainer.data import Batch, build_train_loader
+from trainer.data import Batch
 from trainer.distributed import World, joined_world
 from trainer.errors import UserError
 from trainer.evaluate import EvalSets, SetResult, figures_of
-from trainer.index import Index, open_index
+from trainer.feed import TrainingData, build_batches, open_training_data, require_agreement, require_same_data
 from trainer.joint import JointStep, StepOutput
 from trainer.log import RunLog, Throughput
-from trainer.order import Position, fold
+from trainer.order import fold
 from trainer.report import figures_of_head, tables_of_head, view_head, write_report
 from trainer.schedule import lr_at
 from trainer.sheet import as_text, run_sheet
@@ -38,20 +35,22 @@ def train(config: Config) -> dict[str, float]:
     Every rank must call it. Raises UserError for what the user can mend, and NonFiniteError.
     """
     with joined_world(config.engine.timeout_seconds) as world:
-        index = open_index(config.data.train, "data.train")
-        config = with_derived_fields(config, index)
+        data = open_training_data(config)
+        config = with_derived_fields(config, data)
+        require_same_data(config, data, world)
         checkpoints = Checkpoints(config.run_folder / "checkpoints", config.checkpoint.keep_last, world.group)
         state = build_state(config, world)
-        resume(state, config, checkpoints, index.fingerprint)
+        resume(state, config, checkpoints, data.fingerprint)
+        require_agreement({"checkpoint.resume: the step": str(state.step)}, world.group, world.device)
         if state.step == 0:
-            warm_start(state, config, index, world)
-        test_sets = EvalSets(config, world, index.class_names, state.head.shard.num_classes)
+            warm_start(state, config, data, world)
+        test_sets = EvalSets(config, world, data.class_names, state.head.shard.num_classes)
         update = build_step(state, config, world)
-        batches = build_batches(config, index, world, state.position)
+        batches = build_batches(config, data, world, state.position)
 
         with closing(batches), RunLog(config, is_main=world.is_main, start_step=state.step) as log_run:
-            log_run.class_names(index.class_names)
-            log_run.sheet(as_text(run_sheet(config, world, index, state.head, state.step)))
+            log_run.class_names(data.class_names)
+            log_run.sheet(as_text(run_sheet(config, world, data, state.head, state.step)))
             throughput, results = Throughput(), None
             while state.step < log_run.total_steps:
                 asked = time.perf_counter()
@@ -75,17 +74,17 @@ def train(config: Config) -> dict[str, float]:
                     log_run.add({"data/batch_digest": batch_digest(batch, world)})
                 if log_run.is_due(state.step, config.eval.every_steps):
                     results = evaluate(state, test_sets)
-                    view = view_head(state.head, results, index.class_names, list(config.eval.classification))
+                    view = view_head(state.head, results, data.class_names, list(config.eval.classification))
                     log_run.add(metrics_of(results) | view.metrics)
                     for result in results if config.eval.save_embeddings else ():
                         log_run.embeddings(result.name, result.embeddings_ND, result.labels_N, state.step)
                 log_run.write(state.step)
                 if log_run.is_due(state.step, config.checkpoint.every_steps):
-                    save(state, config, checkpoints, index.fingerprint)
+                    save(state, config, checkpoints, data.fingerprint)
 
             if results is None:  # the run was complete before
                 results = evaluate(state, test_sets)
-                view = view_head(state.head, results, index.class_names, list(config.eval.classification))
+                view = view_head(state.head, results, data.class_names, list(config.eval.classification))
             if world.is_main:
                 for name, figure in (*figures_of(results, config.run_folder.name), *figures_of_head(view)):
                     log_run.figure(name, figure, state.step)
@@ -97,18 +96,18 @@ def train(config: Config) -> dict[str, float]:
         return metrics_of(results)
 
 
-def with_derived_fields(config: Config, index: Index) -> Config:
+def with_derived_fields(config: Config, data: TrainingData) -> Config:
     """Fill in what the data decides: number of classes, number of steps. Raises UserError."""
-    num_classes = config.head.num_classes or index.num_classes
-    if index.num_classes > num_classes:
+    num_classes = config.head.num_classes or data.num_classes
+    if data.num_classes > num_classes:
         raise UserError(
-            f"head.num_classes: is {num_classes}, but data.train has label {index.num_classes - 1} "
+            f"head.num_classes: is {num_classes}, but data.train has label {data.num_classes - 1} "
             f"({config.data.train})"
         )
-    steps_per_epoch = index.num_samples // config.data.batch_size
+    steps_per_epoch = data.num_samples // config.data.batch_size
     if steps_per_epoch == 0:
         raise UserError(
-            f"data.batch_size: {config.data.batch_size} is more than the {index.num_samples} images "
+            f"data.batch_size: {config.data.batch_size} is more than the {data.num_samples} images "
             f"of {config.data.train}"
         )
     steps = config.optim.steps or max(1, round(steps_per_epoch * (config.optim.epochs or 0)))
@@ -130,36 +129,6 @@ def build_step(state: TrainState, config: Config, world: World) -> JointStep:
         clip_norm=config.optim.clip_norm,
         head_lr_multiplier=config.head.lr_multiplier,
         side_stream=config.head.side_stream,
-    )
-
-
-def build_batches(
-    config: Config, index: Index, world: World, start: Position
-) -> Generator[tuple[Batch, Position], None, None]:
-    """Build the endless iterator over this rank's training batches from ``start`` on."""
-    augment = config.augment
-    transform = build_train_transform(
-        image_size=image_size_of(config.backbone),
-        crop_scale=augment.crop_scale,
-        flip_probability=augment.flip,
-        rotate_degrees=augment.rotate_degrees,
-        shift_fraction=augment.shift,
-        scale_range=augment.zoom,
-        color_jitter=augment.color_jitter,
-        erase_probability=augment.erase,
-    )
-    return build_train_loader(
-        index,
-        transform,
-        channels=config.backbone.channels,
-        global_batch=config.data.batch_size,
-        accumulation=config.engine.accumulation_steps,
-        seed=config.seed,
-        rank=world.rank,
-        world_size=world.size,
-        workers=config.data.workers,
-        start=start,
-        with_digests=config.data.log_batch_digest,
     )
 
 

@@ -23,6 +23,8 @@ Words = TypeVar("Words", int, NDArray[np.uint64])
 _MASK = 0xFFFFFFFFFFFFFFFF
 # The first word of every key says what the key is for: no draw is used twice.
 _FOR_ORDER, _FOR_AUGMENTATION = 1, 2
+_FOR_REPLACEMENT = 3
+_FEISTEL_ROUNDS = 6
 
 
 def splitmix64(words: Words) -> Words:
@@ -46,8 +48,40 @@ def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool = True) -
     if not shuffle:
         return np.arange(num_samples, dtype=np.int64)
     words = splitmix64(np.arange(num_samples, dtype=np.uint64))
-    keys = splitmix64(words ^ np.uint64(fold(_FOR_ORDER, seed, epoch)))
+    keys = splitmix64(words ^ np.uint64(epoch_key(seed, epoch)))
     return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
+
+
+def scattered(places_N: NDArray[np.int64], sizes: NDArray[np.int64] | int, key: Words) -> NDArray[np.int64]:
+    """Return where a random permutation of 0 .. size - 1 puts each place, without making the permutation.
+
+    ``key`` (64 bits) chooses the permutation; both may differ from place to place. A Feistel network over
+    the digits of a place in base a, the smallest with a * a >= size, is a bijection of 0 .. a * a - 1; what
+    falls outside is sent round again until it falls inside. Costs a few hashes a place and no memory.
+    """
+    sizes_N = np.broadcast_to(np.asarray(sizes, dtype=np.uint64), places_N.shape)
+    keys_N = np.broadcast_to(np.asarray(key, dtype=np.uint64), places_N.shape)
+    out_N = np.array(places_N, dtype=np.uint64)
+    outside = np.arange(len(out_N))
+    while len(outside):
+        base, keys = np.ceil(np.sqrt(sizes_N[outside])).astype(np.uint64), keys_N[outside]
+        high, low = out_N[outside] // base, out_N[outside] % base
+        for turn in range(_FEISTEL_ROUNDS):
+            mixed = splitmix64(splitmix64(low ^ keys) ^ np.uint64(turn))
+            high, low = low, (high + mixed % base) % base
+        out_N[outside] = high * base + low
+        outside = outside[out_N[outside] >= sizes_N[outside]]
+    return out_N.astype(np.int64)
+
+
+def epoch_key(seed: int, epoch: int) -> int:
+    """Return the 64-bit key of an epoch's order."""
+    return fold(_FOR_ORDER, seed, epoch)
+
+
+def replacement_key(seed: int, epoch: int, position: int, attempt: int) -> int:
+    """Return the 64-bit key from which the sample is drawn that takes the place of a bad one."""
+    return fold(_FOR_REPLACEMENT, seed, epoch, position, attempt)
 
 
 def sample_key(seed: int, epoch: int, position: int) -> int:

@@ -19,9 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from trainer import figures, page
-from trainer.augment import build_eval_transform, decode
+from trainer.augment import build_eval_transform
 from trainer.backbone import image_size_of
 from trainer.config import Config
+from trainer.decode import decode
 from trainer.diagnostics import (
     ClassResult,
     Neighbours,

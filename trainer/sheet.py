@@ -9,12 +9,12 @@ from typing import Any
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine import compute_dtype
-from trainer.index import Index
+from trainer.feed import TrainingData
 from trainer.losses.weighted_sum import WeightedSum
 from trainer.state import head_bytes, head_types
 
 
-def run_sheet(config: Config, world: World, index: Index, head: Any, start_step: int) -> dict[str, str]:
+def run_sheet(config: Config, world: World, data: TrainingData, head: Any, start_step: int) -> dict[str, str]:
     """Return title -> text of every line; the head's line is of this rank."""
     optim, dim = config.optim, next(head.parameters()).shape[1]
     engine, batch = config.engine, config.data.batch_size
@@ -26,10 +26,10 @@ def run_sheet(config: Config, world: World, index: Index, head: Any, start_step:
         "head": f"{config.loss.name}, {head.shard.num_classes} classes x {dim}" + _how(config, head, world),
         "head per rank": f"{len(head.shard)} classes, "
         f"{head_bytes(config, len(head.shard), dim) / 2**20:.1f} MiB with optimizer state",
-        "data": f"{index.num_samples} images, {index.num_classes} classes",
-        "data fingerprint": index.fingerprint[:12],
+        "data": f"{data.num_samples} images, {data.num_classes} classes",
+        "data fingerprint": data.fingerprint[:12],
         "global batch": f"{batch} images = {world.size} ranks x {engine.accumulation_steps} x {micro_batch}",
-        "steps": f"{start_step} to {optim.steps or 0}, {index.num_samples // batch} per epoch",
+        "steps": f"{start_step} to {optim.steps or 0}, {data.num_samples // batch} per epoch",
         "test sets": ", ".join([*config.eval.classification, *config.eval.verification]) or "none",
         "optimizer": f"{optim.name}, peak lr {optim.lr:g}, {optim.schedule}",
         "warm-up": f"{optim.warmup_steps} steps",

@@ -14,23 +14,23 @@ from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine import set_weights
 from trainer.errors import UserError
-from trainer.index import Index
+from trainer.feed import TrainingData
 from trainer.log import log
 from trainer.state import TrainState
 from trainer.trained import backbone_weights, open_trained
 
 
-def warm_start(state: TrainState, config: Config, index: Index, world: World) -> None:
+def warm_start(state: TrainState, config: Config, data: TrainingData, world: World) -> None:
     """Set the weights of ``state`` as ``config.init`` says; every rank must call it. Raises UserError."""
     source = config.init.from_
     if source is not None:
         set_weights(state.engine, weights_for(state.engine.module, source))
         log.info("the backbone begins with the weights of %s", source)
         if config.init.head:
-            _load_rows(state, source, index)
+            _load_rows(state, source, data)
             log.info("the head begins with the rows of %s", source)
     if config.init.centroids == "class_means":
-        set_class_means(state, config, index, world)
+        set_class_means(state, config, data, world)
 
 
 def weights_for(backbone: nn.Module, source: Path) -> dict[str, Tensor]:
@@ -58,25 +58,29 @@ def weights_for(backbone: nn.Module, source: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def set_class_means(state: TrainState, config: Config, index: Index, world: World) -> None:
+def set_class_means(state: TrainState, config: Config, data: TrainingData, world: World) -> None:
     """Point every centroid to the mean feature of its class; those without images stay random. Collective."""
+    if data.index is None:
+        raise UserError("init.centroids: class_means needs data.reader=indexed, got stream")
     (rows_CD,) = (p for p in state.head.parameters() if p.ndim > 1)
     state.engine.eval()
-    means_CD, counts_C = class_means(state.engine, index, state.head.shard, rows_CD.shape[1], config, world)
+    means_CD, counts_C = class_means(
+        state.engine, data.index, state.head.shard, rows_CD.shape[1], config, world
+    )
     state.engine.train()
     sub_centroids = config.head.sub_centroids
     new_CD = centroids_at(means_CD, sub_centroids, config.seed, state.head.shard)
     has_images_C = (counts_C > 0).repeat_interleave(sub_centroids)
     rows_CD[has_images_C] = new_CD[has_images_C].to(rows_CD.dtype)
-    log.info("centroids begin as the mean features of %d images", index.num_samples)
+    log.info("centroids begin as the mean features of %d images", data.num_samples)
 
 
-def _load_rows(state: TrainState, source: Path, index: Index) -> None:
+def _load_rows(state: TrainState, source: Path, data: TrainingData) -> None:
     """Set the rows of the same classes; their optimizer begins anew."""
     if not source.is_dir():
         raise UserError(f"init.head: {source} is a file of a backbone; name a run or a checkpoint")
     trained = open_trained(source)
-    for label, (there, here) in enumerate(zip(trained.class_names, index.class_names, strict=False)):
+    for label, (there, here) in enumerate(zip(trained.class_names, data.class_names, strict=False)):
         if there != here:
             raise UserError(
                 f"init.head: {source}: class {label} is {there!r} there and {here!r} here; "
