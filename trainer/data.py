@@ -14,7 +14,9 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -175,6 +177,8 @@ class _TrainSamples(Dataset[_Sample | _Failure]):
         self.rank, self.seed, self.with_digests = rank, seed, with_digests
 
     def __getitem__(self, item: _Item) -> _Sample | _Failure:
+        if self.index.store is not None:  # it keeps what is needed soon
+            self.index.store.expect(item.epoch, item.position, self._order)
         image_CHW = _read(self.index, item.sample, self.channels, self.rank)
         if isinstance(image_CHW, _Failure):
             return image_CHW
@@ -182,6 +186,9 @@ class _TrainSamples(Dataset[_Sample | _Failure]):
         image_CHW = self.transform(image_CHW)
         label = int(self.index.labels_N[item.sample])
         return _Sample(image_CHW, label, True, _digest(item, image_CHW, label) if self.with_digests else None)
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        return epoch_order(self.index.num_samples, self.seed, epoch)
 
 
 class _EvalSamples(Dataset[_Sample | _Failure]):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainer.augment import build_train_transform
 from trainer.backbone import image_size_of
+from trainer.cache import open_data_set
 from trainer.checkpoint import Checkpoints
 from trainer.collectives import sum_over
 from trainer.config import Config
@@ -17,7 +18,7 @@ from trainer.data import Batch, build_train_loader
 from trainer.distributed import World, joined_world
 from trainer.errors import UserError
 from trainer.evaluate import EvalSets, SetResult, figures_of
-from trainer.index import Index, open_index
+from trainer.index import Index
 from trainer.joint import JointStep, StepOutput
 from trainer.log import RunLog, Throughput
 from trainer.order import Position, fold
@@ -36,7 +37,7 @@ def train(config: Config) -> dict[str, float]:
     Every rank must call it. Raises UserError for what the user can mend, and NonFiniteError.
     """
     with joined_world(config.engine.timeout_seconds) as world:
-        index = open_index(config.data.train, "data.train")
+        index = open_data_set(config.data.train, "data.train", config.data)
         config = with_derived_fields(config, index)
         checkpoints = Checkpoints(config.run_folder / "checkpoints", config.checkpoint.keep_last, world.group)
         state = build_state(config, world)

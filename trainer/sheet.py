@@ -4,6 +4,7 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
+from trainer.cache import describe_source
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine import compute_dtype
@@ -24,6 +25,7 @@ def run_sheet(config: Config, world: World, index: Index, head: Any, start_step:
         "head per rank": f"{len(head.shard)} classes, "
         f"{head_bytes(config, len(head.shard), dim) / 2**20:.1f} MiB with optimizer state",
         "data": f"{index.num_samples} images, {index.num_classes} classes",
+        "data source": describe_source(config.data.train, index, config.data),
         "data fingerprint": index.fingerprint[:12],
         "global batch": f"{batch} images = {world.size} ranks x {engine.accumulation_steps} x {micro_batch}",
         "steps": f"{start_step} to {optim.steps or 0}, {index.num_samples // batch} per epoch",
