@@ -5,6 +5,7 @@ command of a ``pipe:``. They stay in memory: what is printed, logged, saved or s
 """
 
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ class Url:
 
     secret: str = field(repr=False)
     """The whole address, credentials included."""
+    piped_name: str = ""
+    """The file that a pipe is asked for."""
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -49,10 +52,17 @@ class Url:
         """Return the scheme in lower case."""
         return self.secret.partition(":")[0].lower()
 
+    @property
+    def command(self) -> list[str]:
+        """Return the arguments of a pipe, one of them with the file's name: nothing in it is special."""
+        return [
+            part.replace("{}", self.piped_name) for part in shlex.split(self.secret.removeprefix("pipe:"))
+        ]
+
     def file(self, name: str) -> "Url":
-        """Return the address of a file of this folder; a query is the folder's. In a pipe it replaces {}."""
+        """Return the address of a file of this folder; a query is the folder's."""
         if self.scheme == "pipe":
-            return Url(self.secret.replace("{}", quote(name)))
+            return Url(self.secret, name)
         parts = urlsplit(self.secret)
         return Url(urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}")))
 

@@ -308,7 +308,7 @@ def _read_head(folder: Path) -> dict[str, Any]:
 
 
 def _is_file_name(name: Any) -> bool:
-    return isinstance(name, str) and name.isprintable() and bool(re.fullmatch(r"[^/\\.][^/\\]{,254}", name))
+    return isinstance(name, str) and name.isprintable() and bool(re.fullmatch(r"[^/\\.-][^/\\]{,254}", name))
 
 
 def _is_count(value: Any) -> bool:

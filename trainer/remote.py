@@ -17,7 +17,6 @@ import os
 import random
 import re
 import select
-import shlex
 import ssl
 import subprocess
 import time
@@ -143,7 +142,7 @@ def _require(path: Path, size: int, sha256: str) -> None:
 
 
 def _steady(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Pass pieces on; raise TimeoutError if they come slower than LEAST_BYTES in TIMEOUT_SECONDS."""
+    """Pass pieces on; raise _LostError if they come slower than LEAST_BYTES in TIMEOUT_SECONDS."""
     since, arrived = 0.0, 0
     for chunk in chunks:
         since = since or time.monotonic()
@@ -152,14 +151,14 @@ def _steady(chunks: Iterator[bytes]) -> Iterator[bytes]:
         now = time.monotonic()
         if now - since > TIMEOUT_SECONDS:
             if arrived < LEAST_BYTES:
-                raise TimeoutError(f"sent {arrived} bytes in {now - since:.0f} s")
+                raise _LostError(f"sent {arrived} bytes in {now - since:.0f} s")
             since, arrived = now, 0
 
 
 def _chunks(url: Url, start: int, size: int | None) -> Chunks:
     """Yield the file's bytes from ``start`` on, as they come. ``size`` is what the whole should have.
 
-    Raises _RefusedError, _WrongError, and OSError or HTTPException for what may go better the next time.
+    Raises _RefusedError, _WrongError, and _LostError, OSError or HTTPException for what may pass.
     """
     if url.scheme in ("http", "https"):
         return _http_chunks(url, start, size)
@@ -180,7 +179,7 @@ def _http_chunks(url: Url, start: int, size: int | None) -> Chunks:
             raise _RefusedError(f"has {total} bytes, its index says {size}")
         yield from _without(skip, _steady(iter(lambda: response.read1(_CHUNK), b"")))
         if response.length:  # read1 takes a cut for the end
-            raise ConnectionError(f"was cut off {response.length} bytes before its end")
+            raise _LostError(f"was cut off {response.length} bytes before its end")
 
 
 def _without(skip: int, chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -234,10 +233,10 @@ def _answer(request: urllib.request.Request) -> http.client.HTTPResponse:
         return cast(http.client.HTTPResponse, opener.open(request, timeout=TIMEOUT_SECONDS))
     except urllib.error.HTTPError as error:
         error.close()
-        text = f"answered {error.code} {ascii(error.reason)[1:-1]}"
-        if error.code == 416:
-            raise _WrongError(text) from None
-        raise (_RefusedError if error.code in _FINAL else ConnectionError)(text) from None
+        if error.code // 100 == 3:  # the reason would name the target, which may hold credentials
+            raise _RefusedError(f"answered {error.code}, in a circle or to what is not the web") from None
+        kind = _WrongError if error.code == 416 else _RefusedError if error.code in _FINAL else _LostError
+        raise kind(f"answered {error.code} {ascii(error.reason)[1:-1]}") from None
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
             raise _RefusedError(f"its certificate is not valid: {error.reason.verify_message}") from None
@@ -273,25 +272,24 @@ def _cloud_chunks(url: Url, start: int, size: int | None) -> Chunks:
             yield from _steady(iter(lambda: file.read(_CLOUD_CHUNK), b""))
     except (FileNotFoundError, PermissionError) as error:
         raise _RefusedError(_reason(error)) from None
-    except (_RefusedError, OSError):
+    except (_RefusedError, _LostError, OSError):
         raise
     except Exception as error:  # the clients have errors of their own
-        raise ConnectionError(_reason(error)) from None
+        raise _LostError(_reason(error)) from None
 
 
 def _pipe_chunks(url: Url, start: int) -> Chunks:
-    command = shlex.split(url.secret.removeprefix("pipe:"))
     try:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0)
+        process = subprocess.Popen(url.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0)
     except (OSError, ValueError) as error:
         raise _RefusedError(f"cannot be started: {_reason(error)}") from None
     assert process.stdout is not None
     try:
         yield from _without(start, _steady(_output(process.stdout.fileno())))
         if process.wait(TIMEOUT_SECONDS):
-            raise ConnectionError(f"ended with exit code {process.returncode}")
+            raise _LostError(f"ended with exit code {process.returncode}")
     except subprocess.TimeoutExpired:
-        raise TimeoutError("does not end") from None
+        raise _LostError("does not end") from None
     finally:
         process.kill()
         process.wait()
@@ -301,7 +299,7 @@ def _pipe_chunks(url: Url, start: int) -> Chunks:
 def _output(descriptor: int) -> Iterator[bytes]:
     while True:
         if not select.select([descriptor], [], [], TIMEOUT_SECONDS)[0]:
-            raise TimeoutError(f"sent nothing for {TIMEOUT_SECONDS:.0f} s")
+            raise _LostError(f"sent nothing for {TIMEOUT_SECONDS:.0f} s")
         if not (chunk := os.read(descriptor, _CHUNK)):
             return
         yield chunk
