@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 
 @dataclass
@@ -78,7 +79,7 @@ def served(root: Path):
                     web._now[path] -= 1
 
         def _answer(self, path: str, asked: str | None, fault: Fault) -> None:
-            file = web.root / path.lstrip("/")
+            file = web.root / unquote(path.lstrip("/"))
             status = fault.status or (200 if file.is_file() else 404)
             if fault.redirect:
                 self.send_response(302)

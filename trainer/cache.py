@@ -47,7 +47,7 @@ def open_data_set(location: Path | Url, name: str, data: DataConfig) -> Index:
     if location.scheme == "pipe" and not data.allow_pipe:
         raise UserError(f"{name}: {location} is a command; it needs data.allow_pipe=true")
     folder, limit = cache_folder(data), int(data.cache_gib * 2**30)
-    for part in ("index", "shards", "locks"):
+    for part in ("", "index", "shards", "locks"):
         _make_private(folder / part, name)
     index = load_index(_fetch_index(location, folder, limit, name), name, location)
     largest = max(shard.bytes for shard in index.shards)

@@ -119,9 +119,9 @@ def _write(path: Path, mode: Literal["ab", "wb"], chunks: Chunks, limit: int) ->
             if chunk is None:
                 break
             file.write(chunk[: limit - file.tell()])
-            if not chunk:  # skipped: others, who wait for this file, shall see that it goes on
+            file.flush()  # a kill leaves it to the next attempt, and who waits sees it grow
+            if not chunk:  # skipped
                 os.utime(path)
-        file.flush()
         os.fsync(file.fileno())
 
 
