@@ -1,4 +1,8 @@
+import sys
+
+import launching
 import pytest
+from web import served
 
 from trainer.address import Url, location, without_credentials
 from trainer.config import from_dict
@@ -98,3 +102,34 @@ def test_files_of_a_folder_keep_its_credentials_and_query():
 def test_the_name_of_a_file_stays_one_argument_of_a_pipe():
     pipe = Url("pipe:cat '/my set/{}' --").file("index/x' ; id {} $HOME")
     assert pipe.command == ["cat", "/my set/index/x' ; id {} $HOME", "--"]
+
+
+def test_the_command_line_that_wandb_keeps_has_no_credentials(monkeypatch, tmp_path):
+    from trainer import log
+
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "data.train=https://ann:hunter2@host/a?sig=signature", "seed=1"]
+    )
+    monkeypatch.setattr(log.wandb, "setup", lambda **_: None)
+    monkeypatch.setattr(log.wandb, "init", lambda **options: options["config"]["data"]["train"])
+    config = load(None, ["data.train=https://ann:hunter2@host/a", "optim.steps=1", f"run.root={tmp_path}"])
+    assert log._start_wandb(config) == "https://host/a"
+    assert sys.argv == ["train.py", "data.train=https://host/a", "seed=1"]
+
+
+@pytest.mark.nightly
+def test_a_run_on_a_remote_data_set_leaves_its_credentials_nowhere(folder):
+    with served(folder) as web:
+        url = web.url("/packed?sig=signature", user="ann:hunter2@")
+        own = launching.options(folder, "remote", "optim.steps=4", "log.wandb=offline")
+        own = [option for option in own if not option.startswith(("data.train=", "eval."))]
+        cache = f"data.cache_dir={folder / 'cache'}"
+        addresses = (f"data.train={url}", f"eval.classification.same={url}")
+        done = launching.start_train(1, *addresses, cache, *own, no_proxy="*").wait()
+    assert done.code == 0, done.stderr
+    assert "(not encrypted), cached in" in done.stderr
+    assert [r.path.partition("?")[0] for r in web.requests].count("/packed/data-000000.tar") == 1
+    written = [path for top in ("remote", "cache") for path in (folder / top).rglob("*") if path.is_file()]
+    contents = [done.stdout.encode(), done.stderr.encode(), *(path.read_bytes() for path in written)]
+    assert len(contents) > 10
+    assert not any(word.encode() in content for word in SECRETS for content in contents)

@@ -1,4 +1,5 @@
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from web import Fault, served
 
 from trainer import cache, remote
@@ -409,3 +411,34 @@ def test_an_indexed_folder_of_foreign_tars_can_be_served(web, here):
     (web.root / "set" / "data-000001.tar").rename(folder / "a tar with spaces.tar")
     build_index(folder)
     assert open_data_set(Url(web.url("/foreign")), "data.train", here).read(0) == image(PER_SHARD)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_a_remote_data_set_in_a_small_cache_are_those_of_the_local_one(web, here, workers):
+    from trainer.augment import build_train_transform
+    from trainer.data import build_train_loader
+    from trainer.order import Position
+
+    def digests(index, workers: int) -> list[int]:
+        transform = build_train_transform(image_size=6, flip_probability=0.5)
+        options = {"channels": 3, "global_batch": 4, "accumulation": 1, "seed": 2, "rank": 0, "world_size": 1}
+        steps = build_train_loader(
+            index, transform, **options, workers=workers, start=Position(), with_digests=True
+        )
+        try:
+            return [int(batch.digests_N.sum()) for batch, _ in itertools.islice(steps, 7)]
+        finally:
+            steps.close()
+
+    pictures = []
+    for i in range(12):
+        buffer = io.BytesIO()
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (6, 6, 3), dtype=np.uint8)).save(
+            buffer, "PNG"
+        )
+        pictures.append((buffer.getvalue(), "png", i % 2))
+    local = write_shards(pictures, web.root / "pictures", ["ant", "bee"], 2)
+    room = limited(here, 2 * local.shards[0].bytes)
+    there = open_data_set(Url(web.url("/pictures")), "data.train", room)
+    assert digests(there, workers) == digests(local, 0)
+    assert len(tars(here)) <= 2
