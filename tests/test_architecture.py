@@ -48,6 +48,9 @@ WITHOUT_TORCH = (
     "sources",
     "packing",
     "check",
+    "address",
+    "remote",
+    "cache",
 )
 
 

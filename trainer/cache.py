@@ -125,8 +125,8 @@ class ShardCache:
 
     def _make_room(self, shard: Shard, partial: Path) -> bool:
         """Reserve room for a shard, or return False if downloads of others have to end first."""
+        parts = _stats(self.folder / "shards", "*.part")  # first: one that is renamed now is counted twice
         whole = _stats(self.folder / "shards", "*.tar")
-        parts = _stats(self.folder / "shards", "*.part")
         reserved = {path: int(path.stem.partition("-")[2]) for path in parts if path != partial}
         used = sum(stat.st_size for stat in whole.values()) + sum(reserved.values())
         excess = used + shard.bytes - self.limit
@@ -136,7 +136,10 @@ class ShardCache:
         for path in [*abandoned, *self._victims(whole)]:
             if excess <= 0 and missing <= 0:
                 break
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink()
+            except FileNotFoundError:  # renamed since: what was counted is not what is there
+                return False
             excess -= reserved[path] if path in reserved else whole[path].st_size
             missing -= (parts[path] if path in parts else whole[path]).st_size
         if missing > 0:
