@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from trainer import tars
 from trainer.augment import decode
 from trainer.errors import UserError
 from trainer.index import ARRAYS, MAX_IMAGE_BYTES, load_index, open_index
@@ -174,6 +175,7 @@ def test_names_that_are_not_utf8_are_told_in_ascii(tmp_path):
 
 
 def test_a_member_above_the_limit_is_refused_when_it_is_indexed(tmp_path):
+    assert tars.MAX_IMAGE_BYTES == MAX_IMAGE_BYTES
     folder = tmp_path / "in"
     folder.mkdir()
     with (folder / "x.tar").open("wb") as file:
