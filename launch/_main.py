@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from trainer.address import without_credentials
 from trainer.errors import UserError
 
 _PATIENCE_SECONDS = 3.0
@@ -25,7 +26,7 @@ def run(main: Callable[[], object]) -> None:
     except UserError as error:
         if rank > 0:  # if rank 0 found the same it has said so, and the launcher ends this process meanwhile
             time.sleep(_PATIENCE_SECONDS)
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {without_credentials(str(error))}\n")
         code = 2
     except KeyboardInterrupt:
         code = 130

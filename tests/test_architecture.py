@@ -49,6 +49,9 @@ WITHOUT_TORCH = (
     "packing",
     "check",
     "study",
+    "address",
+    "remote",
+    "cache",
 )
 
 

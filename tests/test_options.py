@@ -204,7 +204,7 @@ def test_help_and_reference_page_tell_every_field_with_its_meaning():
 
 def test_types_and_defaults_read_as_a_user_writes_them():
     told = {name: (kind, default) for name, kind, default, _ in all_fields()}
-    assert told["data.train"] == ("Path", "required")
+    assert told["data.train"] == ("Path | Url", "required")
     assert told["run.root"] == ("Path", "runs")
     assert told["head.scale"] == ("float | paper | simplex | adacos", "simplex")
     assert told["augment.zoom"] == ("tuple[float, float] | None", "None")

@@ -52,6 +52,7 @@ level 2
     backbone       a name to a network from images to embeddings [timm]
     data           batches from an index, the same on any number of ranks and workers
     mixture        several packed data sets that are read as one
+    cache          remote data sets: index at once, shards when first read, kept on the node
     shards         data shards: written as tars, or indexed where they are [webdataset]
     optimizer      the optimizer of backbone and head, its state allocated at once
     figures        pictures of an evaluation and of a run [matplotlib]
@@ -73,6 +74,7 @@ level 1
     recordio       InsightFace's .rec and .idx
     pickles        the pickles of foreign data sets, read without unpickling
     jobs           independent pieces of work in several processes
+    remote         a remote file to a local one: whole and verified, or an error in bounded time
 level 0
     collectives    every tensor that travels between ranks in a step, with its gradient [torch.distributed]
     decode         from the bytes of an image to its pixels
@@ -83,6 +85,7 @@ level 0
     scale          the scale alpha of the cosine softmax: its rules
     schedule       the learning rate by step
     page           the page of a report: HTML and CSS in one file, for light and dark
+    address        where a data set is: a folder, or a URL shown without its credentials
     errors         the one error that is the user's to mend
 """
 

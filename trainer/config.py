@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 from pydantic.fields import FieldInfo
 
+from trainer.address import Url, location
 from trainer.errors import UserError
 
 T = TypeVar("T")
@@ -24,6 +25,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Range = tuple[Positive, Positive]
 Region = Literal["head", "face", "upper", "whole"]
 _HEAD_ONLY: dict[Region, Path | None] = {"head": None}
+Location = Annotated[Path | Url, BeforeValidator(location), PlainSerializer(str)]  # saved without credentials
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -56,8 +58,20 @@ class RunConfig:
 class DataConfig:
     """What is read, and in which batches."""
 
-    train: Path
-    """Folder of data shards with an index, as `launch/pack.py` writes it."""
+    train: Location
+    """Folder of data shards with an index, as `launch/pack.py` writes it; or its `https://`, `http://`,
+    `s3://` or `gs://` address, whose shards are kept in `data.cache_dir` (docs/data.md)."""
+
+    cache_dir: Path | None = None
+    """Where remote shards are kept, shared by all ranks and runs of a node: a disk of its own, not a network
+    folder. None takes `~/.cache/coco-trainer` (or below `XDG_CACHE_HOME`)."""
+
+    cache_gib: Positive = 100.0
+    """Most that `data.cache_dir` may hold. Beyond it the shard that is needed latest makes room."""
+
+    allow_pipe: bool = False
+    """Allow `pipe:PROGRAM ARGUMENT {} ...` for an address: a program (never a shell) that writes the named
+    file to its output. Off, because an address then is a command."""
 
     batch_size: PositiveInt = 256
     """Images of one optimizer step, over all ranks and accumulated micro-batches (the *global* batch)."""
@@ -543,10 +557,10 @@ class EvalConfig:
     """Test sets by name, and when they are looked at. Metrics are named `eval/<set>/<metric>`. A YAML file's
     sets go with its data: naming another `data.train` on the command line drops them."""
 
-    classification: dict[str, Path] = Field(default_factory=dict)
+    classification: dict[str, Location] = Field(default_factory=dict)
     """Sets whose classes are those of training: accuracy by nearest centroid."""
 
-    verification: dict[str, Path] = Field(default_factory=dict)
+    verification: dict[str, Location] = Field(default_factory=dict)
     """Sets of unseen classes: all-pairs verification and leave-one-out identification."""
 
     protocols: dict[str, ProtocolConfig] = Field(default_factory=dict)
@@ -677,6 +691,14 @@ def check_across_fields(config: Config) -> None:
     for name, values in (("crop_scale", config.augment.crop_scale), ("zoom", config.augment.zoom)):
         if values is not None and values[0] > values[1]:
             raise UserError(f"augment.{name}: the first number is the smaller, got {list(values)}")
+    addresses = {
+        "data.train": config.data.train,
+        **{f"eval.classification.{name}": place for name, place in config.eval.classification.items()},
+        **{f"eval.verification.{name}": place for name, place in config.eval.verification.items()},
+    }
+    for name, place in addresses.items():
+        if isinstance(place, Url) and place.scheme == "pipe" and not config.data.allow_pipe:
+            raise UserError(f"{name}: {place} is a command; it needs data.allow_pipe=true")
     for name in config.eval.classification.keys() & config.eval.verification.keys():
         raise UserError(f"eval.verification.{name}: eval.classification has a set of the same name")
     for name in config.eval.protocols.keys() & {*config.eval.classification, *config.eval.verification}:
@@ -739,6 +761,8 @@ def _check_stream(config: Config) -> None:
     data = config.data
     if data.epoch_images is None or config.head.num_classes is None:
         raise UserError("data.reader: stream needs data.epoch_images and head.num_classes")
+    if isinstance(data.train, Url):
+        raise UserError(f"data.train: data.reader=stream reads local folders, got {data.train}")
     wanted = {
         "sampler": data.sampler != "shuffled",
         "shuffle_window": data.shuffle_window is not None,

@@ -15,13 +15,16 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trainer.augment import Transform, random_state_kept, seed_generators
 from trainer.decode import decode
 from trainer.errors import UserError
+from trainer.index import ShardStore
 from trainer.ledger import BadSample, Ledger
 from trainer.order import Position, rank_positions, sample_key
 from trainer.samplers import Order, ShuffledOrder
@@ -44,6 +47,10 @@ class Samples(Protocol):
     @property
     def labels_N(self) -> Any:
         """Label of every sample."""
+
+    @property
+    def store(self) -> ShardStore | None:
+        """Keeps shards that are elsewhere."""
 
     def read_many(self, samples: Sequence[int]) -> list[bytes]:
         """Return the bytes of images in the order asked. Raises UserError."""
@@ -251,6 +258,8 @@ class _TrainSamples(Dataset[Batch | Failure]):
         self.replace, self.quarantine, self.with_digests = replace, quarantine, with_digests
 
     def __getitem__(self, items: list[_Item]) -> Batch | Failure:
+        if self.reader.index.store is not None:  # it keeps what is needed soon
+            self.reader.index.store.expect(items[0].epoch, items[0].position, self._order)
         contents = self.reader.read_many([item.sample for item in items])
         if isinstance(contents, Failure):
             return contents
@@ -297,6 +306,9 @@ class _TrainSamples(Dataset[Batch | Failure]):
         shard, offset = self.reader.index.locate(sample)
         key = self.reader.index.member_name(sample)
         return BadSample(shard, offset, key, reason, item.epoch, item.position)
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        return self.order.of_epoch(epoch)(np.arange(self.order.num_positions))
 
 
 class _EvalSamples(Dataset[Batch | Failure]):

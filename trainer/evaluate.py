@@ -21,13 +21,14 @@ from trainer import figures, metrics
 from trainer.augment import build_eval_transform
 from trainer.backbone import image_size_of
 from trainer.bench import Model, OpenModel
+from trainer.cache import open_data_set
 from trainer.collectives import concatenate_over, gather_batch, sum_over
 from trainer.config import Config
 from trainer.data import Batch, EvalLoader, build_eval_loader
 from trainer.distributed import World
 from trainer.embed import Embed, Reading
 from trainer.errors import UserError
-from trainer.index import Index, open_index
+from trainer.index import Index
 from trainer.judge import check, judge
 from trainer.metrics import Verification
 
@@ -79,11 +80,11 @@ class EvalSets:
         self._sets: list[_EvalSet] = []
         for name, folder in config.eval.classification.items():
             field = f"eval.classification.{name}"
-            index = open_index(folder, field)
+            index = open_data_set(folder, field, config.data)
             known_label = _match_labels(field, index, class_names, num_classes)
             self._sets.append(_EvalSet(name, index, _loader_of(index, config, world), known_label))
         for name, folder in config.eval.verification.items():
-            index = open_index(folder, f"eval.verification.{name}")
+            index = open_data_set(folder, f"eval.verification.{name}", config.data)
             self._sets.append(_EvalSet(name, index, _loader_of(index, config, world), None))
 
     def evaluate(self, embed: Embed, head: Any) -> Iterator[SetResult]:

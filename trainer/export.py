@@ -222,7 +222,7 @@ def _open_some(trained: Trained, folder: Path | None) -> Index:
     config = trained.config
     folders = [*config.eval.verification.values(), *config.eval.classification.values(), config.data.train]
     for candidate in folders:
-        if candidate.is_dir():
+        if isinstance(candidate, Path) and candidate.is_dir():
             return open_index(candidate, "--images")
     raise UserError(f"--images: name a packed data set to check on; {folders[-1]} of the run is not here")
 

@@ -12,14 +12,16 @@ from pathlib import Path
 import torch
 from torch.distributed import ProcessGroup
 
+from trainer.address import location
 from trainer.augment import Transform, build_train_transform
 from trainer.backbone import image_size_of
+from trainer.cache import open_data_set
 from trainer.collectives import concatenate_over
 from trainer.config import Config, to_dict
 from trainer.data import Batch, build_train_loader
 from trainer.distributed import World
 from trainer.errors import UserError
-from trainer.index import Index, open_index
+from trainer.index import Index
 from trainer.ledger import Ledger, read_quarantine
 from trainer.mixture import Mixture, mix
 from trainer.order import Position
@@ -49,10 +51,10 @@ def open_training_data(config: Config) -> TrainingData:
     data = config.data
     if data.reader == "stream":
         return _open_stream(config)
-    first = open_index(data.train, "data.train")
+    first = open_data_set(data.train, "data.train", data)
     index: Index | Mixture = first
     if data.mix:
-        others = [open_index(Path(folder), f"data.mix.{folder}") for folder in data.mix]
+        others = [open_data_set(location(folder), f"data.mix.{folder}", data) for folder in data.mix]
         index = mix([first, *others], data.mix_labels)
     order = build_order(config, index)
     return TrainingData(
@@ -122,6 +124,7 @@ def build_batches(
 def _open_stream(config: Config) -> TrainingData:
     assert config.head.num_classes is not None
     assert config.data.epoch_images is not None
+    assert isinstance(config.data.train, Path)
     shards = find_shards(config.data.train)
     names = " ".join(f"{path.name} {path.stat().st_size}" for path in shards)
     fingerprint = hashlib.sha256(names.encode()).hexdigest()

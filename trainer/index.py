@@ -13,17 +13,19 @@ Array names end in their dimension: N samples.
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
+import re
 import tarfile
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +44,8 @@ MAX_OPEN_FILES = 128  # per process; a login shell's limit is 1024
 # A network file system says so of a server that restarts, or of a file that was moved under an open one.
 PASSING_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 RETRY_SECONDS = (0.1, 1.0, 5.0)
+MAX_IMAGE_BYTES = 1 << 26  # what an index says is believed before anything is read
+_MAX_COUNT = 1 << 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +58,26 @@ class Shard:
     sha256: str
 
 
+class ShardStore(Protocol):
+    """Where the shards of an index are kept that are not in its folder (``trainer.cache``)."""
+
+    def open(self, shard: Shard) -> int:
+        """Return a descriptor to read from. Raises UserError if the shard cannot be had."""
+
+    def expect(self, epoch: int, position: int, order: Callable[[int], NDArray[np.int64]]) -> None:
+        """Tell which sample is read now: number ``position`` of ``order(epoch)``."""
+
+
+def _open_file(path: str | Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
 class _OpenFiles:
     """Shards, opened when first read, the least recently used closed first. Fork-safe: pread seeks not."""
 
-    def __init__(self) -> None:
+    def __init__(self, open_file: Callable[[str], int] = _open_file) -> None:
         self._descriptors: OrderedDict[str, int] = OrderedDict()
+        self._open_file = open_file
 
     def pread(self, path: str, length: int, offset: int) -> bytes:
         """Read again, from a file opened anew, after an error of the storage that may pass."""
@@ -75,11 +94,18 @@ class _OpenFiles:
 
     def _descriptor(self, path: str) -> int:
         if path not in self._descriptors:
+            self._close_removed()
             if len(self._descriptors) >= MAX_OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptors[path] = self._open_file(path)
         self._descriptors.move_to_end(path)
         return self._descriptors[path]
+
+    def _close_removed(self) -> None:
+        """Let go of files that a cache has removed: they take room on the disk until then."""
+        for path, descriptor in list(self._descriptors.items()):
+            if os.fstat(descriptor).st_nlink == 0:
+                os.close(self._descriptors.pop(path))
 
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():
@@ -107,10 +133,20 @@ class Index:
     fingerprint: str
     duplicates: dict[str, int] = dataclasses.field(default_factory=dict)
     """``images`` that are copies of another, those of them ``of_other_classes``; empty if never counted."""
+    store: ShardStore | None = None
+    """Where the shards are; None: in the folder."""
     _files: _OpenFiles = dataclasses.field(default_factory=_OpenFiles, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self.store is not None:
+            return _open_stored, (self.folder, self.field, self.store)
         return open_index, (self.folder, self.field)
+
+    def stored_in(self, store: ShardStore) -> "Index":
+        """Return this index for shards that are elsewhere."""
+        shards = {shard.name: shard for shard in self.shards}
+        files = _OpenFiles(lambda path: store.open(shards[Path(path).name]))
+        return dataclasses.replace(self, store=store, _files=files)
 
     @property
     def num_samples(self) -> int:
@@ -222,19 +258,33 @@ def open_index(folder: Path, field: str) -> Index:
     return index
 
 
-def load_index(folder: Path, field: str) -> Index:
-    """Open a data set as ``open_index`` does, without a look at its shards."""
+def load_index(folder: Path, field: str, source: object = None) -> Index:
+    """Open a data set as ``open_index`` does, without a look at its shards.
+
+    ``source`` is where the index was fetched from, for messages.
+    """
     if not folder.is_dir():
         raise UserError(f"{field}: {folder} does not exist" + (" as a folder" if folder.exists() else ""))
     if not is_packed(folder):
         raise UserError(f"{field}: {folder} has no index; run python launch/pack.py index {folder}")
-    try:
+    with _broken_index_told(folder, field, source):
         return _load(folder, field)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{field}: the index of {folder} is broken ({reason}); delete {folder}/index and make it again"
-        ) from None
+
+
+def read_head(folder: Path, field: str, source: object) -> dict[str, Any]:
+    """Return what the index.json says that was fetched from ``source``, checked. Raises UserError."""
+    with _broken_index_told(folder, field, source):
+        return _read_head(folder)
+
+
+@contextmanager
+def _broken_index_told(folder: Path, field: str, source: object) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # json and numpy raise nearly anything on broken bytes
+        reason = " ".join(ascii(str(error) or type(error).__name__)[1:-1].split())
+        todo = f"delete {folder}/index and make it again" if source is None else "make it again"
+        raise UserError(f"{field}: the index of {source or folder} is broken ({reason}); {todo}") from None
 
 
 def is_packed(folder: Path) -> bool:
@@ -246,11 +296,16 @@ def write_index(folder: Path, head: dict[str, Any], columns: dict[str, NDArray[A
     """Write or replace an index: what index.json says, and one array for every name of ``ARRAYS``."""
     (folder / "index").mkdir(exist_ok=True)
     index_path(folder).unlink(missing_ok=True)
+    arrays = {}
     for name, column_N in columns.items():
-        with _replacement(_array_path(folder, name)) as file:
+        with _replacement(array_path(folder, name)) as file:
             np.save(file, column_N, allow_pickle=False)
+        with array_path(folder, name).open("rb") as written:
+            digest = hashlib.file_digest(written, "sha256").hexdigest()
+            arrays[name] = {"bytes": written.tell(), "sha256": digest}
     with _replacement(index_path(folder)) as file:
-        file.write((json.dumps({"version": VERSION, **head}, indent=1) + "\n").encode("ascii"))
+        head = {"version": VERSION, **head, "arrays": arrays}
+        file.write((json.dumps(head, indent=1) + "\n").encode("ascii"))
     _sync_folder(folder / "index")
 
 
@@ -259,7 +314,7 @@ def move_index(source: Path, target: Path) -> None:
     (target / "index").mkdir(exist_ok=True)
     index_path(target).unlink(missing_ok=True)
     for name in ARRAYS:
-        _array_path(source, name).replace(_array_path(target, name))
+        array_path(source, name).replace(array_path(target, name))
     _sync_folder(target)
     index_path(source).replace(index_path(target))
     _sync_folder(target / "index")
@@ -270,19 +325,63 @@ def index_path(folder: Path) -> Path:
     return folder / "index" / "index.json"
 
 
-def _array_path(folder: Path, name: str) -> Path:
+def array_path(folder: Path, name: str) -> Path:
+    """Return where an array of the index is."""
     return folder / "index" / f"{name}.npy"
 
 
-def _load(folder: Path, field: str) -> Index:
+def _read_head(folder: Path) -> dict[str, Any]:
     head = json.loads(index_path(folder).read_text(encoding="utf-8"))
     if head["version"] != VERSION:
         raise ValueError(f"it has version {head['version']}, this code reads {VERSION}")
+    names = [shard["name"] for shard in head["shards"]]
+    for shard in head["shards"]:
+        if not _is_file_name(shard["name"]):
+            raise ValueError(f"{shard['name']!r} is not the name of a file beside the index")
+        if not (_is_count(shard["n"]) and _is_count(shard["bytes"]) and _is_sha256(shard["sha256"])):
+            raise ValueError(f"n, bytes or sha256 of {shard['name']} is not one")
+    if len(set(names)) < len(names):
+        raise ValueError("two shards have the same name")
+    if not sum(shard["n"] for shard in head["shards"]):
+        raise ValueError("it has no samples")
+    for name, array in head.get("arrays", {}).items():
+        if not (name in ARRAYS and _is_count(array["bytes"]) and _is_sha256(array["sha256"])):
+            raise ValueError(f"array {name!r} is not known, or its bytes or sha256 is not one")
+    class_names = head["class_names"]
+    if not all(isinstance(name, str) for name in class_names):
+        raise ValueError("class_names are not all text")
+    if not _is_count(head["num_classes"]) or len(class_names) not in (0, head["num_classes"]):
+        raise ValueError(f"num_classes is {head['num_classes']!r}, there are {len(class_names)} names")
+    if not _is_sha256(head["fingerprint"]):
+        raise ValueError("fingerprint is not one")
+    return head
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name.isprintable() and bool(re.fullmatch(r"[^/\\.-][^/\\]{,254}", name))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _MAX_COUNT
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
+
+
+def _load(folder: Path, field: str) -> Index:
+    head = _read_head(folder)
     shards = tuple(Shard(**shard) for shard in head["shards"])
     starts = np.cumsum([0, *(shard.n for shard in shards)], dtype=np.int64)
     offsets_N, lengths_N, labels_N = (_open_array(folder, name, int(starts[-1])) for name in ARRAYS)
     if labels_N.min() < 0 or labels_N.max() >= head["num_classes"]:
         raise ValueError(f"label.npy has labels outside 0..{head['num_classes'] - 1}")
+    if lengths_N.min() < 1 or lengths_N.max() > MAX_IMAGE_BYTES:
+        raise ValueError(f"length.npy has images outside 1..{MAX_IMAGE_BYTES} bytes")
+    for shard, first, end in zip(shards, starts, starts[1:], strict=False):
+        inside_N = offsets_N[first:end] <= shard.bytes - lengths_N[first:end]
+        if not (inside_N.all() and (offsets_N[first:end] >= tarfile.BLOCKSIZE).all()):
+            raise ValueError(f"offset.npy has images outside of {shard.name}")
     return Index(
         field=field,
         folder=folder,
@@ -299,9 +398,13 @@ def _load(folder: Path, field: str) -> Index:
     )
 
 
+def _open_stored(folder: Path, field: str, store: ShardStore) -> Index:
+    return load_index(folder, field).stored_in(store)
+
+
 def _open_array(folder: Path, name: str, num_samples: int) -> NDArray[Any]:
     # Unlike np.load it knows no other format, and says ValueError even of an empty file.
-    array_N = np.lib.format.open_memmap(_array_path(folder, name), mode="r")
+    array_N = np.lib.format.open_memmap(array_path(folder, name), mode="r")
     if array_N.shape != (num_samples,) or array_N.dtype != ARRAYS[name]:
         raise ValueError(f"{name}.npy is {array_N.dtype}{list(array_N.shape)}")
     return array_N

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trainer.address import without_credentials
 from trainer.config import Config, to_dict
 from trainer.figures import save as save_figure
 from trainer.options import dump
@@ -204,6 +205,7 @@ def _start_wandb(config: Config) -> Any:
     identity.parent.mkdir(parents=True, exist_ok=True)
     if not identity.exists():
         identity.write_text(secrets.token_hex(4))
+    sys.argv[1:] = map(without_credentials, sys.argv[1:])  # W&B keeps the command line
     try:
         # Silent also means: never ask for a key, which on a terminal would wait for ever, all ranks with it.
         wandb.setup(settings=wandb.Settings(silent=True))

@@ -27,6 +27,10 @@ class Mixture:
     class_names: tuple[str, ...]
     num_classes: int
 
+    @property
+    def store(self) -> None:
+        """The parts are of several stores, which then keep what was used last."""
+
     @cached_property
     def starts(self) -> NDArray[np.int64]:
         """First sample of every part, and the number of samples at the end."""

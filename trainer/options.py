@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
+from trainer.address import without_credentials
 from trainer.config import (
     Config,
     FieldInfo,
@@ -202,8 +203,9 @@ def _explain(path: str, errors: list[Any]) -> str:
         return f"{path}: is required; give it in the YAML file or as {path}=VALUE"
     if kind == "dataclass_type":
         return f"{path}: is a section with fields, got {value!r}"
-    reasons = dict.fromkeys(e["msg"][:1].lower() + e["msg"][1:] for e in errors)
-    return f"{path}: {' or '.join(reasons)}, got {value!r}"
+    messages = (e["msg"].removeprefix("Value error, ") for e in errors)
+    reasons = dict.fromkeys(message[:1].lower() + message[1:] for message in messages)
+    return without_credentials(f"{path}: {' or '.join(reasons)}, got {value!r}")
 
 
 def _did_you_mean(path: str, names: list[str]) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 from trainer import figures, page
 from trainer.augment import build_eval_transform
 from trainer.backbone import image_size_of
+from trainer.cache import open_data_set
 from trainer.config import Config
 from trainer.decode import decode
 from trainer.diagnostics import (
@@ -32,7 +33,7 @@ from trainer.diagnostics import (
 )
 from trainer.errors import UserError
 from trainer.evaluate import SetResult
-from trainer.index import Index, open_index
+from trainer.index import Index
 from trainer.options import dump
 from trainer.page import Html
 
@@ -308,7 +309,9 @@ def _near_classes(view: HeadView) -> Iterator[tuple[float, str, str]]:
 
 def _classes(config: Config, view: HeadView) -> Html:
     """Show the classes that are close, those that are weak, and what the number of images does."""
-    index = open_index(config.data.train, "data.train")
+    if config.data.reader == "stream" or config.data.mix:
+        return Html("")  # no one index holds the images of every class
+    index = open_data_set(config.data.train, "data.train", config.data)
     first = {
         int(label): int(i) for label, i in zip(*np.unique(index.labels_N, return_index=True), strict=True)
     }
@@ -375,7 +378,7 @@ def _spread(length: int, count: int) -> Tensor:
 
 def _index_of(name: str, config: Config) -> Index:
     folder = {**config.eval.classification, **config.eval.verification}[name]
-    return open_index(folder, f"eval.{name}")
+    return open_data_set(folder, f"eval.{name}", config.data)
 
 
 def _thumbnail(index: Index, i: int, config: Config, text: str, mark: str = "") -> Html:

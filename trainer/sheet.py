@@ -6,10 +6,12 @@ import sys
 from importlib.metadata import version
 from typing import Any
 
+from trainer.cache import describe_source
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine import compute_dtype
 from trainer.feed import TrainingData
+from trainer.index import Index
 from trainer.losses.weighted_sum import WeightedSum
 from trainer.state import head_bytes, head_types
 
@@ -19,6 +21,7 @@ def run_sheet(config: Config, world: World, data: TrainingData, head: Any, start
     optim, dim = config.optim, next(head.parameters()).shape[1]
     engine, batch = config.engine, config.data.batch_size
     micro_batch = batch // (world.size * engine.accumulation_steps)
+    index = data.index if isinstance(data.index, Index) else None
     sheet = {
         "run": str(config.run_folder),
         "ranks": f"{world.size} on {world.device.type}, {world.local_size} on this host",
@@ -27,6 +30,7 @@ def run_sheet(config: Config, world: World, data: TrainingData, head: Any, start
         "head per rank": f"{len(head.shard)} classes, "
         f"{head_bytes(config, len(head.shard), dim) / 2**20:.1f} MiB with optimizer state",
         "data": f"{data.num_samples} images, {data.num_classes} classes",
+        "data source": describe_source(config.data.train, index, config.data),
         "data fingerprint": data.fingerprint[:12],
         "global batch": f"{batch} images = {world.size} ranks x {engine.accumulation_steps} x {micro_batch}",
         "steps": f"{start_step} to {optim.steps or 0}, {data.num_samples // batch} per epoch",

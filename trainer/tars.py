@@ -15,8 +15,9 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from trainer.errors import UserError
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp")
-MAX_LABEL = MAX_LENGTH = 2**31 - 1
-MAX_HEADER = 1 << 15  # bytes of one extended header: long names, attributes
+MAX_LABEL = 2**31 - 1
+MAX_IMAGE_BYTES = 1 << 26  # as in trainer.index
+MAX_HEADER = 1 << 14  # bytes of one extended header: long names, attributes
 MAX_EMPTY_READS = 8
 
 # As webdataset splits: the key ends at the first dot of the last path component.
@@ -62,7 +63,8 @@ def scan_tar(path: Path) -> Iterator[TarSample]:
             yield from _described(path, key, sample, file)
             _check_end(path, file, tar.offset)  # type: ignore[attr-defined]
     except _BROKEN as error:
-        raise UserError(f"{path}: truncated or not a tar: {' '.join(str(error).split())}") from None
+        reason = " ".join(ascii(str(error))[1:-1].split())
+        raise UserError(f"{path}: truncated or not a tar: {reason}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from None
 
@@ -98,8 +100,9 @@ def _described(
     if missing := {"image", "cls"} - sample.keys():
         raise UserError(f"{where} has no {min(missing)} member next to its {next(iter(sample))}")
     image, label, note = sample["image"], sample["cls"], sample.get("json")
-    if image.issparse() or label.issparse() or not 0 < image.size <= MAX_LENGTH:
-        raise UserError(f"{where}: image is sparse, empty or above 2 GiB ({image.size} bytes)")
+    if image.issparse() or label.issparse() or not 0 < image.size <= MAX_IMAGE_BYTES:
+        limit = MAX_IMAGE_BYTES >> 20
+        raise UserError(f"{where}: image is sparse, empty or above {limit} MiB ({image.size} bytes)")
     # The scan reads headers in order: pread leaves the position of the file alone.
     text = os.pread(file.fileno(), min(label.size, 32), label.offset_data)
     if not re.fullmatch(rb"\s*\d{1,20}\s*", text) or int(text) > MAX_LABEL:
