@@ -7,6 +7,7 @@ level 6
     loop           a run from configuration to result: train() on one screen
     compare        finished runs side by side: one table, one picture
 level 5
+    resume         going on from a checkpoint: which one, whether this run may, what has changed
     sheet          what a run is about to do, told before it starts
 level 4
     state          all that changes while training: built, saved, restored
@@ -19,7 +20,8 @@ level 3
     textbook       the class-parallel head as usually written: what the benchmark compares with
     engine         the backbone's engine, its configuration and its state [deepspeed]
     joint          one optimizer step of two parts: backbone inside the engine, head outside
-    checkpoint     a run on disk: whole or absent, read on any number of ranks
+    checkpoint     a run on disk: what it is made of, read on any number of ranks
+    saving         checkpoints written by all ranks together: whole or absent, behind training if asked
     evaluate       a model on test sets: all ranks embed, all share the comparisons
     log            what a run tells: console, metrics.jsonl, log.txt and W&B [wandb]
 level 2
@@ -29,6 +31,7 @@ level 2
     backbone       a name to a network from images to embeddings [timm]
     data           batches from an index, the same on any number of ranks and workers
     shards         data shards: written as tars, or indexed where they are [webdataset]
+    health         are all ranks alive, their weights equal, their numbers finite; and what if not
     optimizer      the optimizer of backbone and head, its state allocated at once
     figures        pictures of an evaluation and of a run [matplotlib]
 level 1
@@ -38,6 +41,7 @@ level 1
     passes         what the two passes of the fused head hand to each other, and their buffers
     headcost       what a step of the fused head costs, from its shapes and a speed
     rows           one optimizer step on some rows of a matrix, stored in bfloat16 if asked
+    manifest       a checkpoint as files: its name, its record, the hashes that make damage visible
     batchnorm      batch norm over the images of all ranks
     metrics        how good features are: accuracy, verification, identification
     index          where every sample of a packed data set lies: found with one read
@@ -52,6 +56,7 @@ level 0
     machines       accelerators by their data sheets
     networks       networks of the papers that timm does not have
     scale          the scale alpha of the cosine softmax: its rules
+    signals        being told to stop: a scheduler's signal, or a launcher that is gone
     schedule       the learning rate by step
     errors         the one error that is the user's to mend
 """

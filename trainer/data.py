@@ -22,6 +22,7 @@ from trainer.augment import Transform, decode, random_state_kept, seed_generator
 from trainer.errors import UserError
 from trainer.index import Index
 from trainer.order import Position, epoch_order, rank_positions, sample_key
+from trainer.signals import ignore_in_worker
 
 PADDING_LABEL = -1
 
@@ -203,6 +204,7 @@ def _loader(samples: Dataset[Any], plan: Any, workers: int) -> DataLoader[Any]:
         samples,
         batch_sampler=plan,
         num_workers=workers,
+        worker_init_fn=ignore_in_worker,
         collate_fn=_collate,
         generator=torch.Generator(),  # else the loader draws from the caller's
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 
 import torch
@@ -10,58 +10,60 @@ from torch import Tensor
 
 from trainer.augment import build_train_transform
 from trainer.backbone import image_size_of
-from trainer.checkpoint import Checkpoints
-from trainer.collectives import sum_over
+from trainer.collectives import start_max_over, sum_over
 from trainer.config import Config
 from trainer.data import Batch, build_train_loader
 from trainer.distributed import World, joined_world
 from trainer.errors import UserError
 from trainer.evaluate import EvalSets, SetResult, figures_of
+from trainer.health import NonFinite, require_equal_weights, watched
 from trainer.index import Index, open_index
 from trainer.joint import JointStep, StepOutput
-from trainer.log import RunLog, Throughput
-from trainer.order import Position, fold
+from trainer.log import RunLog, Throughput, log
+from trainer.order import Position, epoch_order, fold, rank_positions
+from trainer.resume import resume
+from trainer.saving import Checkpoints
 from trainer.schedule import lr_at
 from trainer.sheet import as_text, run_sheet
-from trainer.state import TrainState, build_state, resume, save, share_statistics
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or a gradient is not a number; raised by every rank in the same step."""
+from trainer.signals import StopRequest
+from trainer.state import TrainState, build_state, running_statistics, save, share_statistics
 
 
 def train(config: Config) -> dict[str, float]:
     """Train from ``config``, going on from the run's newest checkpoint; return the final test metrics.
 
-    Every rank must call it. Raises UserError for what the user can mend, and NonFiniteError.
+    Told to stop by a signal it saves and returns ``stopped_at_step`` instead. Every rank must call it. Raises
+    UserError for what the user can mend, and what ``trainer/health.py`` finds.
     """
-    with joined_world(config.engine.timeout_seconds) as world:
+    timeout = config.engine.timeout_seconds
+    with StopRequest() as stop, joined_world(timeout) as world, watched(world) as heart:
         index = open_index(config.data.train, "data.train")
         config = with_derived_fields(config, index)
-        checkpoints = Checkpoints(config.run_folder / "checkpoints", config.checkpoint.keep_last, world.group)
+        checkpoints = build_checkpoints(config, world)
         state = build_state(config, world)
         resume(state, config, checkpoints, index.fingerprint)
         test_sets = EvalSets(config, world, index.class_names, state.head.shard.num_classes)
-        update = build_step(state, config, world)
+        update = build_step(state, config, index, world)
         batches = build_batches(config, index, world, state.position)
 
         with closing(batches), RunLog(config, is_main=world.is_main, start_step=state.step) as log_run:
             log_run.class_names(index.class_names)
             log_run.sheet(as_text(run_sheet(config, world, index, state.head, state.step)))
-            throughput, results = Throughput(), None
-            while state.step < log_run.total_steps:
+            throughput, results, is_stopping = Throughput(), None, False
+            while state.step < log_run.total_steps and not is_stopping:
+                heart.at(state.step + 1, "waiting for data")
                 asked = time.perf_counter()
                 batch, position = next(batches)
                 throughput.count(config.data.batch_size, waited_seconds=time.perf_counter() - asked)
+                wishes = start_max_over(wishes_of(stop, checkpoints, world), world.group)
 
-                # Dropout draws from this: the same after a resume.
-                torch.manual_seed(fold(config.seed, state.step, world.rank))
+                heart.at(state.step + 1, "training")
                 lr = learning_rate(config, state.step)
-                images_NCHW, labels_N = batch.images_NCHW.to(world.device), batch.labels_N.to(world.device)
-                out = update(images_NCHW, labels_N, lr, state.step)
-                require_finite(out, config, state.step)
+                out = update(batch, lr)
                 state.step, state.position = state.step + 1, position
+                is_stopping, is_writing = map(bool, wishes().tolist())
 
+                heart.at(state.step, "logging, evaluating or saving")
                 if log_run.is_due(state.step, config.log.every_steps):
                     log_run.add({f"train/{name}": value for name, value in out.metrics.items()})
                     log_run.add({"train/lr": lr, "train/grad_norm": out.grad_norm, **throughput.read()})
@@ -69,12 +71,21 @@ def train(config: Config) -> dict[str, float]:
                     log_run.add({"train/dead_classes": dead_classes(state, config)})
                 if config.data.log_batch_digest:
                     log_run.add({"data/batch_digest": batch_digest(batch, world)})
-                if log_run.is_due(state.step, config.eval.every_steps):
+                metrics: dict[str, float] = {}
+                if log_run.is_due(state.step, config.eval.every_steps) and not is_stopping:
                     results = evaluate(state, test_sets)
-                    log_run.add(metrics_of(results))
+                    metrics = metrics_of(results)
+                    log_run.add(metrics)
                 log_run.write(state.step)
-                if log_run.is_due(state.step, config.checkpoint.every_steps):
-                    save(state, config, checkpoints, index.fingerprint)
+                check_weights(state, config)
+                if not is_writing:
+                    checkpoints.finish()
+                if log_run.is_due(state.step, config.checkpoint.every_steps) or is_stopping:
+                    save(state, config, checkpoints, index, metrics)
+            checkpoints.finish()
+            if is_stopping:
+                log.warning("told to stop: saved step %d; the same command goes on from there", state.step)
+                return {"stopped_at_step": state.step}
 
             results = results or evaluate(state, test_sets)  # the run may have been complete before
             for name, figure in figures_of(results, config.run_folder.name) if world.is_main else ():
@@ -106,9 +117,24 @@ def with_derived_fields(config: Config, index: Index) -> Config:
     )
 
 
-def build_step(state: TrainState, config: Config, world: World) -> JointStep:
-    """Build the function that trains on one batch."""
-    return JointStep(
+def build_checkpoints(config: Config, world: World) -> Checkpoints:
+    """Build what saves and finds the checkpoints of the run's folder."""
+    keep = config.checkpoint
+    return Checkpoints(
+        config.run_folder / "checkpoints",
+        keep.keep_last,
+        world.group,
+        keep_every=keep.keep_every,
+        keep_best=keep.keep_best,
+        best_is=keep.best_is,
+    )
+
+
+def build_step(
+    state: TrainState, config: Config, index: Index, world: World
+) -> Callable[[Batch, float], StepOutput]:
+    """Build the function that trains on one batch; it deals with numbers that are not finite."""
+    joint_step = JointStep(
         state.engine,
         state.head,
         state.head_optimizer,
@@ -117,6 +143,53 @@ def build_step(state: TrainState, config: Config, world: World) -> JointStep:
         head_lr_multiplier=config.head.lr_multiplier,
         side_stream=config.head.side_stream,
     )
+    engine = config.engine
+    guard = NonFinite(
+        engine.on_nonfinite, engine.max_skipped_steps, config.run_folder / "nonfinite", world.group
+    )
+
+    def update(batch: Batch, lr: float) -> StepOutput:
+        # Dropout draws from this: the same after a resume.
+        torch.manual_seed(fold(config.seed, state.step, world.rank))
+        guard.before_step([*state.engine.module.buffers(), *running_statistics(state.head)])
+        out = joint_step(batch.images_NCHW.to(world.device), batch.labels_N.to(world.device), lr, state.step)
+        if is_finite(out, config):
+            guard.passed()
+            return out
+        what = f"loss {float(out.metrics['loss'])}, gradient norm {out.grad_norm}"
+        tensors = {"images_NCHW": batch.images_NCHW, "labels_N": batch.labels_N}
+        samples = samples_of_step(config, index, world, state.position)
+        guard.failed(state.step + 1, what, tensors | {"embeddings_ND": out.embeddings_ND}, samples)
+        return out
+
+    return update
+
+
+def samples_of_step(config: Config, index: Index, world: World, position: Position) -> list[str]:
+    """Return where the images lie that this rank trains on in the step from ``position`` on."""
+    batch_size = config.data.batch_size
+    position = position.normalised(batch_size, index.num_samples)
+    order = epoch_order(index.num_samples, config.seed, position.epoch)
+    own = rank_positions(
+        position.consumed,
+        global_batch=batch_size,
+        accumulation=config.engine.accumulation_steps,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    return [index.describe(int(sample)) for sample in order[own]]
+
+
+def wishes_of(stop: StopRequest, checkpoints: Checkpoints, world: World) -> torch.Tensor:
+    """Return what all ranks do if one has to: stop, and let the save in flight go on."""
+    return torch.tensor([stop.is_asked, checkpoints.is_writing], dtype=torch.int32, device=world.device)
+
+
+def check_weights(state: TrainState, config: Config) -> None:
+    """Compare the backbone's copies if it is time; every rank must call it."""
+    every = config.engine.check_weights_every
+    if every and state.step % every == 0:
+        require_equal_weights(state.engine.module, state.head.group, state.step)
 
 
 def build_batches(
@@ -163,17 +236,13 @@ def learning_rate(config: Config, step: int) -> float:
     )
 
 
-def require_finite(out: StepOutput, config: Config, step: int) -> None:
-    """Raise NonFiniteError, on every rank in the same step since all see the same global numbers.
+def is_finite(out: StepOutput, config: Config) -> bool:
+    """Return whether loss and gradients were numbers, the same on every rank: all see the global ones.
 
     In float16 a gradient that overflows is skipped by design, and the loss scale lowered.
     """
     overflow = not out.applied and config.engine.dtype != "float16"
-    if overflow or not torch.isfinite(out.metrics["loss"]):
-        raise NonFiniteError(
-            f"step {step + 1}: loss {float(out.metrics['loss'])}, gradient norm {out.grad_norm}; "
-            "no weight was changed. Try a lower optim.lr, optim.clip_norm or more optim.warmup_steps"
-        )
+    return not overflow and bool(torch.isfinite(out.metrics["loss"]))
 
 
 def batch_digest(batch: Batch, world: World) -> str:
