@@ -1,7 +1,7 @@
 """A run as processes that may be killed, and the faults that befall it.
 
-Its ranks are forked like those of ``tests/ranks.py`` and do what ``launch/train.py`` does: train, and end with an
-exit code. A fault is set up inside one rank before it trains.
+Its ranks are forked like those of ``tests/ranks.py`` and do what ``launch/train.py`` does: train, and end with
+an exit code. A fault is set up inside one rank before it trains.
 """
 
 import os
@@ -79,7 +79,7 @@ class Fleet:
         return len(read_metrics(self.run)) if (self.run / "metrics.jsonl").exists() else 0
 
     def _is_stopped(self, rank: int) -> bool:
-        return f"State:\tT" in Path(f"/proc/{self.ranks[rank].pid}/status").read_text()
+        return "State:\tT" in Path(f"/proc/{self.ranks[rank].pid}/status").read_text()
 
 
 def arguments_of(folder: Path, name: str, *more: str) -> list[str]:

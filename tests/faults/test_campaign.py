@@ -3,10 +3,6 @@
 The normal suite takes three faults; ``pytest -m nightly tests/faults`` a hundred at random moments.
 """
 
-import os
-import random
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -42,7 +38,9 @@ def reference(folder: Path, references: dict, ranks: int, *more: str) -> list[fl
     return references[key]
 
 
-def go_through(folder: Path, references: dict, name: str, fault: tuple[int, str, int], ranks: int, *more: str) -> str:
+def go_through(
+    folder: Path, references: dict, name: str, fault: tuple[int, str, int], ranks: int, *more: str
+) -> str:
     """Let the fault happen, look at what is left, go on; return what the first run said."""
     _, kind, step = fault
     if kind == "killed in a load":
@@ -67,4 +65,6 @@ def test_a_rank_killed_in_the_middle_of_a_save_loses_nothing(folder: Path, refer
     said = go_through(folder, references, "killed-in-save", fault, 2)
     assert "a rank is lost or hangs: " in said
     assert "rank 1 silent since step 6" in said
-    assert "it was left by a save that did not come to its end" in (folder / "killed-in-save.stderr").read_text()
+    assert (
+        "it was left by a save that did not come to its end" in (folder / "killed-in-save.stderr").read_text()
+    )
