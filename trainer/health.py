@@ -29,15 +29,19 @@ _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 log = logging.getLogger("trainer")
 
 
-class LostRankError(RuntimeError):
+class HealthError(RuntimeError):
+    """What this file finds."""
+
+
+class LostRankError(HealthError):
     """A collective failed because a rank is gone or hangs."""
 
 
-class DivergedError(RuntimeError):
+class DivergedError(HealthError):
     """The backbone's copies on the ranks are not the same; raised by every rank in the same step."""
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(HealthError):
     """The loss or a gradient is not a number; raised by every rank in the same step."""
 
 
@@ -106,7 +110,7 @@ def watched(world: World) -> Iterator[Heartbeat]:
     try:
         yield heart
     except RuntimeError as error:
-        if world.size > 1 and not isinstance(error, DivergedError | NonFiniteError):
+        if world.size > 1 and not isinstance(error, HealthError):
             missing = heart.missing()
             if missing:
                 reason = str(error).splitlines()[0]

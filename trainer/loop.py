@@ -84,7 +84,7 @@ def train(config: Config) -> dict[str, float]:
                     save(state, config, checkpoints, index, metrics)
             checkpoints.finish()
             if is_stopping:
-                log.warning("told to stop: saved step %d; the same command goes on from there", state.step)
+                log.info("told to stop: saved step %d; the same command goes on from there", state.step)
                 return {"stopped_at_step": state.step}
 
             results = results or evaluate(state, test_sets)  # the run may have been complete before

@@ -1,7 +1,7 @@
 """A run as processes that may be killed, and the faults that befall it.
 
-Its ranks are forked like those of ``tests/ranks.py`` and do what ``launch/train.py`` does: train, and end with
-an exit code. A fault is set up inside one rank before it trains.
+Its ranks are forked like those of ``tests/ranks.py`` and do what ``launch/train.py`` does: train, and end
+with an exit code. A fault is set up inside one rank before it trains.
 """
 
 import os
