@@ -43,7 +43,7 @@ def train(config: Config) -> dict[str, float]:
         state = build_state(config, world)
         resume(state, config, checkpoints, index.fingerprint)
         test_sets = EvalSets(config, world, index.class_names, state.head.shard.num_classes)
-        update = build_step(state, config, index, world)
+        update = build_update(state, config, index, world)
         batches = build_batches(config, index, world, state.position)
 
         with closing(batches), RunLog(config, is_main=world.is_main, start_step=state.step) as log_run:
@@ -130,11 +130,9 @@ def build_checkpoints(config: Config, world: World) -> Checkpoints:
     )
 
 
-def build_step(
-    state: TrainState, config: Config, index: Index, world: World
-) -> Callable[[Batch, float], StepOutput]:
-    """Build the function that trains on one batch; it deals with numbers that are not finite."""
-    joint_step = JointStep(
+def build_step(state: TrainState, config: Config, world: World) -> JointStep:
+    """Build the function that trains on one batch."""
+    return JointStep(
         state.engine,
         state.head,
         state.head_optimizer,
@@ -143,7 +141,13 @@ def build_step(
         head_lr_multiplier=config.head.lr_multiplier,
         side_stream=config.head.side_stream,
     )
-    engine = config.engine
+
+
+def build_update(
+    state: TrainState, config: Config, index: Index, world: World
+) -> Callable[[Batch, float], StepOutput]:
+    """Build ``build_step`` in what every step needs: its randomness, and an eye on its numbers."""
+    step_of, engine = build_step(state, config, world), config.engine
     guard = NonFinite(
         engine.on_nonfinite, engine.max_skipped_steps, config.run_folder / "nonfinite", world.group
     )
@@ -152,7 +156,7 @@ def build_step(
         # Dropout draws from this: the same after a resume.
         torch.manual_seed(fold(config.seed, state.step, world.rank))
         guard.before_step([*state.engine.module.buffers(), *running_statistics(state.head)])
-        out = joint_step(batch.images_NCHW.to(world.device), batch.labels_N.to(world.device), lr, state.step)
+        out = step_of(batch.images_NCHW.to(world.device), batch.labels_N.to(world.device), lr, state.step)
         if is_finite(out, config):
             guard.passed()
             return out
