@@ -299,3 +299,18 @@ def test_only_names_that_are_steps_count(tmp_path: Path) -> None:
     for name in ("step-00000002", "step-100000000", "step-00000001-copy", "step-old", ".tmp-step-00000003"):
         (tmp_path / name).mkdir()
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000002", "step-100000000"]
+
+
+def go_on_while_saving(world: World, folder: Path) -> None:
+    checkpoints = Checkpoints(folder, 5, world.group)
+    for step in (1, 2):
+        shard, rows = state_of(step, world.rank, world.size)
+        checkpoints.start(step, {}, backbone_of(step), rows, shard)
+        rows["parameter.rows"].zero_()  # training goes on
+    checkpoints.finish()
+
+
+def test_what_is_written_behind_training_is_the_state_at_the_start(tmp_path: Path) -> None:
+    run_on_ranks(go_on_while_saving, 2, tmp_path)
+    for step in (1, 2):
+        assert_holds(tmp_path / f"step-0000000{step}", step)

@@ -11,6 +11,7 @@ level 5
     sheet          what a run is about to do, told before it starts
 level 4
     state          all that changes while training: built, saved, restored
+    benchmark_save what a checkpoint costs: how long training stands still, memory to load one
     benchmark      what the head costs on this machine, in time and memory
 level 3
     packing        from a source to a finished data set: in several processes, resumable

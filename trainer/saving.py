@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -64,6 +65,7 @@ class Checkpoints:
         self.folder, self.keep_last, self.group = folder, keep_last, group
         self.keep_every, self.keep_best, self.best_is = keep_every, keep_best, best_is
         self._writing: _Writing | None = None
+        self._copies: dict[str, dict[str, Tensor]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def newest(self) -> Path | None:
@@ -95,7 +97,8 @@ class Checkpoints:
         Rank 0 writes ``record`` as state.json, ``class_names`` and ``backbone``; every rank its own rows,
         ``head``. Raises UserError on every rank if one could not write; earlier checkpoints are untouched.
         """
-        self.start(step, record, backbone, head, shard, class_names)
+        self.finish()
+        self._begin(step, record, backbone, head, shard, class_names)
         path = self.finish()
         assert path is not None
         return path
@@ -109,11 +112,33 @@ class Checkpoints:
         shard: ClassShard,
         class_names: Sequence[str] = (),
     ) -> None:
-        """Begin what ``save`` does and return while a thread writes; a save in flight is finished first.
+        """Begin what ``save`` does and return while a thread writes a copy; ``finish`` ends it.
 
-        The tensors must stay as they are until ``finish``.
+        A save in flight is finished first, so there is one copy: it stays allocated for the next save.
         """
         self.finish()
+        backbone = self._copied("backbone", backbone) if self.group.rank() == 0 else {}
+        self._begin(step, record, backbone, self._copied("head", head), shard, class_names)
+
+    def _copied(self, part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors in this object's own memory; fresh pages every time would double the pause."""
+        copies = self._copies.setdefault(part, {})
+        for name, tensor in tensors.items():
+            if name not in copies:
+                copies[name] = torch.empty_like(tensor, device="cpu")
+            copies[name].copy_(tensor)
+        return {name: copies[name] for name in tensors}
+
+    def _begin(
+        self,
+        step: int,
+        record: dict[str, Any],
+        backbone: dict[str, Tensor],
+        head: dict[str, Tensor],
+        shard: ClassShard,
+        class_names: Sequence[str],
+    ) -> None:
+        """Prepare the folder and let the thread write this rank's files."""
         record = {"format": FORMAT, "step": step, **record}
         final = self.folder / f"{PREFIX}{step:08d}"
         temporary = self.folder / f"{TEMPORARY}{step:08d}"

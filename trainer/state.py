@@ -137,14 +137,9 @@ def save(
     }
     is_main = state.head.group.rank() == 0  # the others compute the backbone's state with it and drop it
     backbone = {name: tensor for name, tensor in state_tensors(state.engine) if is_main}
+    write = checkpoints.start if config.checkpoint.asynchronous else checkpoints.save
     head = checkpoint.head_tensors(state.head, state.head_optimizer)
-    if not config.checkpoint.asynchronous:
-        checkpoints.save(state.step, record, backbone, head, state.head.row_shard, index.class_names)
-        return
-    if next(state.head.parameters()).device.type == "cpu":  # else they are copies already
-        backbone = {name: tensor.clone() for name, tensor in backbone.items()}
-        head = {name: tensor.clone() for name, tensor in head.items()}
-    checkpoints.start(state.step, record, backbone, head, state.head.row_shard, index.class_names)
+    write(state.step, record, backbone, head, state.head.row_shard, index.class_names)
 
 
 @torch.no_grad()
