@@ -4,6 +4,7 @@ Its ranks are forked like those of ``tests/ranks.py`` and do what ``launch/train
 with an exit code. A fault is set up inside one rank before it trains.
 """
 
+import errno
 import os
 import resource
 import signal
@@ -163,10 +164,18 @@ def die_in_load(_step: int) -> None:
 
 
 def disk_full(step: int) -> None:
-    """From ``step`` on no file can grow beyond 4 kB."""
+    """From ``step`` on no file can grow beyond 4 kB; a rank with a few rows only is told so by force."""
+    from trainer import saving
 
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        if os.environ["RANK"] == "0":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        else:
+            saving._write_tensors = no_space
+
+    def no_space(path: Path, *_: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     at_step(step, limit)
 
@@ -191,16 +200,17 @@ def not_a_number(step: int) -> None:
 
 
 def diverge(step: int) -> None:
-    """One bit of this rank's copy of a weight changes in ``step``."""
+    """One bit of this rank's copy of a weight changes after ``step``."""
     from trainer.joint import JointStep
 
     plain = JointStep.__call__
 
     def call(self: Any, images: Any, labels: Any, lr: float, number: int) -> Any:
+        output = plain(self, images, labels, lr, number)  # ZeRO sends the weights anew within it
         if number + 1 == step:
             weight = next(self.engine.module.parameters()).detach().view(-1)
             weight.view(torch.int32)[0] ^= 1
-        return plain(self, images, labels, lr, number)
+        return output
 
     JointStep.__call__ = call  # type: ignore[method-assign]
 
