@@ -8,10 +8,12 @@ import pytest
 import torch
 from ranks import run_on_ranks
 from safetensors.torch import load_file
+from test_joint import Tree, tree_of, update, weights_of
 from torch import nn
 
 from trainer import health
 from trainer.collectives import sum_over
+from trainer.config import from_dict
 from trainer.distributed import World
 from trainer.health import (
     DivergedError,
@@ -22,6 +24,8 @@ from trainer.health import (
     watched,
     weights_hash,
 )
+from trainer.loop import build_step
+from trainer.state import build_state
 
 # Silent ranks are named
 
@@ -151,3 +155,37 @@ def test_bad_steps_are_skipped_up_to_the_limit_in_a_row_named_and_kept(tmp_path:
     about = json.loads((tmp_path / f"{name}.json").read_text())
     assert about["not_finite"] == ["shard 1, sample 2"]
     assert len(about["samples"]) == 3
+
+
+def skip_a_step(world: World, trees: dict[str, Tree]) -> list[str]:
+    """Return what is wrong after a bad step: the next one has to give the weights of a run without it."""
+    wrong = []
+    for name, tree in trees.items():
+        weights = []
+        for steps in ((0, 1, 2), (0, 2)):
+            config = from_dict(tree)
+            state = build_state(config, world)
+            step_function = build_step(state, config, world)
+            for step in steps:
+                weight = next(state.engine.module.parameters())
+                hook = weight.register_hook(lambda gradient: gradient * float("nan"))
+                if step != 1 or world.rank != world.size - 1:
+                    hook.remove()
+                if update(step_function, config, world, step).applied == (step == 1):
+                    wrong.append(f"{name}: step {step}")
+                hook.remove()
+            weights.append(weights_of(state))
+        with_it, without = weights
+        wrong += [f"{name}: {part}" for part in with_it if not with_it[part].equal(without[part])]
+    return wrong
+
+
+def test_a_skipped_step_leaves_no_trace() -> None:
+    """Neither in gradients that wait to be added to, nor in the count of micro-batches."""
+    trees = {
+        f"ZeRO {stage}, {accumulation} micro-batches": tree_of(
+            engine__zero_stage=stage, engine__accumulation_steps=accumulation
+        )
+        for stage, accumulation in ((0, 1), (0, 3), (1, 1), (2, 3))
+    }
+    assert run_on_ranks(skip_a_step, 2, trees) == [[], []]

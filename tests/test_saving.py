@@ -1,5 +1,6 @@
 """Saving by several ranks: agreed when it fails, behind training if asked, and what is kept afterwards."""
 
+import fcntl
 import json
 import threading
 from collections.abc import Callable
@@ -314,3 +315,14 @@ def test_what_is_written_behind_training_is_the_state_at_the_start(tmp_path: Pat
     run_on_ranks(go_on_while_saving, 2, tmp_path)
     for step in (1, 2):
         assert_holds(tmp_path / f"step-0000000{step}", step)
+
+
+def claim(world: World, folder: Path) -> str:
+    return failure_of(Checkpoints(folder, 1, world.group).claim)
+
+
+def test_two_runs_cannot_save_into_one_folder(tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as held:
+        fcntl.lockf(held, fcntl.LOCK_EX)
+        for message in run_on_ranks(claim, 2, tmp_path):
+            assert message.startswith(f"{tmp_path}: another process is training in this folder: rank 0: ")

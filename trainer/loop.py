@@ -40,6 +40,7 @@ def train(config: Config) -> dict[str, float]:
         index = open_index(config.data.train, "data.train")
         config = with_derived_fields(config, index)
         checkpoints = build_checkpoints(config, world)
+        checkpoints.claim()
         state = build_state(config, world)
         resume(state, config, checkpoints, index.fingerprint)
         test_sets = EvalSets(config, world, index.class_names, state.head.shard.num_classes)

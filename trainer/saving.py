@@ -6,12 +6,13 @@ UserError on all, and earlier checkpoints stay as they are.
 """
 
 import errno
+import fcntl
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -65,8 +66,30 @@ class Checkpoints:
         self.folder, self.keep_last, self.group = folder, keep_last, group
         self.keep_every, self.keep_best, self.best_is = keep_every, keep_best, best_is
         self._writing: _Writing | None = None
+        self._lock: IO[str] | None = None
         self._copies: dict[str, dict[str, Tensor]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+
+    def claim(self) -> None:
+        """Make sure that no other run saves here until this process ends. Raises UserError on every rank.
+
+        A run whose launcher has died may still be at work when it is started again.
+        """
+
+        def lock() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / ".lock").open("a")
+            try:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise
+                manifest.log.warning(
+                    "%s: cannot be locked (%s): start no second run here", self.folder, error
+                )
+
+        what = f"{self.folder}: another process is training in this folder"
+        self._agree(what, lambda: lock() if self.group.rank() == 0 else None)
 
     def newest(self) -> Path | None:
         """Return the newest complete checkpoint, the same on every rank: rank 0 looks and tells."""
