@@ -443,6 +443,10 @@ def _check_variants(config: Config) -> None:
             "head.update": (head.update, "fused"),
             "optim.clip_norm": (config.optim.clip_norm, None),
             "engine.accumulation_steps": (config.engine.accumulation_steps, 1),
+            "engine.on_nonfinite": (
+                config.engine.on_nonfinite,
+                "stop",
+            ),  # rows are changed before it is known
         }
         _require(f"head.side_stream: {head.side_stream}", others)
         if config.engine.dtype == "float16":

@@ -17,14 +17,15 @@ from trainer.state import TrainState, load_loss_statistics
 # A checkpoint is of another model, or of other data, if one of these differs.
 _IDENTITY = (
     "seed", "backbone.name", "backbone.channels", "backbone.neck", "backbone.embedding_dim", "loss.name",
-    "head.num_classes", "head.scale", "head.optimizer", "optim.name",
+    "head.num_classes", "head.scale", "head.sub_centroids", "head.optimizer", "optim.name",
 )  # fmt: skip
 
 # Fields and sections that may change: they are no part of what is computed, or are changed on purpose.
 _FREE = (
     "run", "log", "eval", "checkpoint", "data.train", "data.workers", "data.log_batch_digest", "optim.lr",
     "optim.steps", "optim.epochs", "optim.schedule", "optim.warmup_steps", "optim.final_lr", "engine",
-    "head.lr_multiplier", "head.update", "head.cache_mib", "backbone.pretrained",
+    "head.lr_multiplier", "head.update", "head.cache_mib", "head.side_stream",
+    "head.dead_after_steps", "backbone.pretrained",
     "backbone.gradient_checkpointing",
 )  # fmt: skip
 
@@ -45,7 +46,7 @@ def resume(state: TrainState, config: Config, checkpoints: Checkpoints, fingerpr
     backbone = checkpoint.read_tensors(path / "backbone.safetensors")
     load_state(state.engine, backbone, record["numbers"], path)
     steps = int(record["numbers"]["optimizer_steps"])
-    checkpoint.load_head_rows(state.head, state.head_optimizer, path, state.head.shard, steps)
+    checkpoint.load_head_rows(state.head, state.head_optimizer, path, state.head.row_shard, steps)
     load_loss_statistics(state.head, record)
     state.step, state.position = record["step"], Position(**record["position"])
     state.started_from = record.get("started_from")
