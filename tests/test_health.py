@@ -58,7 +58,7 @@ def test_the_others_name_a_silent_rank_and_where_it_was_last_seen() -> None:
     messages = run_on_ranks(lose_rank_1, 3)
     for rank in (0, 2):
         assert messages[rank].startswith("a rank is lost or hangs: ")
-        assert "rank 1 silent since step 7, waiting for data" in messages[rank]
+        assert "rank 1 silent, last heard of at step 7, waiting for data" in messages[rank]
         assert f"rank {2 - rank} at step 8, training" in messages[rank]
         assert messages[rank].endswith("(Timed out waiting 600000ms for recv operation to complete)")
 

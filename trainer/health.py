@@ -89,7 +89,8 @@ class Heartbeat:
         if not silent and len(set(places.values())) == 1:
             return ""
         parts = [
-            f"rank {rank} {'silent since' if rank in silent else 'at'} {places[rank]}" for rank in places
+            f"rank {rank} {'silent, last heard of at' if rank in silent else 'at'} {places[rank]}"
+            for rank in places
         ]
         return "; ".join(parts)
 
