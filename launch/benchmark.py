@@ -2,6 +2,7 @@
 
 python launch/benchmark.py head --classes 200000 --dim 512 --batch 256 --ranks 2 --against textbook
 python launch/benchmark.py data FOLDER --workers 2 --against webdataset --against pil
+python launch/benchmark.py checkpoint --classes 1000000 --dim 512 --ranks 2
 """
 
 import argparse
@@ -26,7 +27,7 @@ def main() -> None:
     elif "RANK" not in os.environ and options.ranks > 1:
         start_ranks(options.ranks)
     else:
-        measure(options)
+        {"head": measure, "checkpoint": measure_checkpoint}[options.what](options)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,6 +49,13 @@ def build_parser() -> argparse.ArgumentParser:
     head.add_argument("--cache-mib", type=int, metavar="M", help="exponentials kept (default: the head's)")
     head.add_argument("--json", action="store_true", help="for symmetry: the output is always JSON")
     add_data_command(commands)
+    save = commands.add_parser("checkpoint", help="pause of a save, blocking and asynchronous; and a load")
+    save.add_argument("--classes", type=positive, required=True, metavar="K", help="over all ranks")
+    save.add_argument("--dim", type=positive, default=512, metavar="D", help="width of the embedding")
+    save.add_argument("--ranks", type=positive, default=1, metavar="R", help="processes, one thread each")
+    save.add_argument("--rounds", type=positive, default=3, metavar="N", help="saves of each kind; medians")
+    save.add_argument("--folder", type=Path, default=Path("."), metavar="DIR", help="on the disk to measure")
+    save.add_argument("--json", action="store_true", help="for symmetry: the output is always JSON")
     return parser
 
 
@@ -127,6 +135,36 @@ def measure_reading(options: argparse.Namespace) -> None:
     )
     for figures in measure_data(case):
         print(json.dumps(figures), flush=True)
+
+
+def measure_checkpoint(options: argparse.Namespace) -> None:
+    """Be one rank of the measurement, on CPU; rank 0 prints. Raises UserError."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import shutil
+    import tempfile
+
+    import torch
+
+    from trainer.benchmark_save import SaveCase, measure_saving
+    from trainer.collectives import from_main
+    from trainer.distributed import joined_world
+
+    torch.set_num_threads(1)
+    if not options.folder.is_dir():
+        raise UserError(f"--folder: {options.folder} is not a folder")
+    with joined_world(timeout_seconds=1800.0) as world:
+        made = tempfile.mkdtemp(dir=options.folder, prefix="checkpoint-") if world.is_main else ""
+        folder = Path(from_main(made, world.group))
+        case = SaveCase(
+            classes=options.classes, dim=options.dim, rounds=options.rounds, folder=folder / "checkpoints"
+        )
+        try:
+            result = measure_saving(case, world)
+        finally:
+            if world.is_main:
+                shutil.rmtree(folder)
+        if world.is_main:
+            print(json.dumps(result), flush=True)
 
 
 def start_ranks(num_ranks: int) -> None:

@@ -108,3 +108,20 @@ def test_reading_is_measured_stage_by_stage_beside_the_usual_ways(tmp_path: Path
         next(measure_data(dataclasses.replace(case, batch=21)))
     with pytest.raises(UserError, match=r"--workers: webdataset needs a shard for each, .* has 3"):
         next(measure_data(dataclasses.replace(case, workers=4)))
+
+
+def test_a_checkpoint_s_line_tells_pause_and_memory(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable, "launch/benchmark.py", "checkpoint", "--classes", "20001", "--dim", "128",
+            "--rounds", "1", "--folder", str(tmp_path),
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["bytes"] == 20001 * 128 * 4 * 2
+    assert found["async_copy_bytes_per_rank"] == 20001 * 128 * 4 * 2
+    assert 0 < found["async_pause_seconds"] < found["async_behind_seconds"] + found["blocking_seconds"]
+    assert 0.5 < found["load_memory_factor"] < 2.5  # a buffer of 16 MiB beside a state of 20
+    assert not list(tmp_path.iterdir())

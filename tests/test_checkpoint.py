@@ -10,9 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from trainer import checkpoint
+from trainer import checkpoint, manifest, saving
 from trainer.checkpoint import (
-    Checkpoints,
     complete_checkpoints,
     head_tensors,
     load_head,
@@ -23,7 +22,9 @@ from trainer.checkpoint import (
 from trainer.config import OptimConfig
 from trainer.errors import UserError
 from trainer.head import ClassShard, SoftmaxHead
+from trainer.manifest import MANIFEST
 from trainer.optimizer import allocate_state, build_optimizer, parameter_groups, steps_taken
+from trainer.saving import Checkpoints
 
 NUM_CLASSES = 11
 
@@ -94,6 +95,8 @@ def test_what_was_saved_is_read_back_to_the_bit(tmp_path, group):
         "state.json",
         "backbone.safetensors",
         "head-00000.safetensors",
+        "classes.json",
+        MANIFEST,
     }
 
 
@@ -148,7 +151,18 @@ def test_a_half_written_folder_is_not_the_newest_and_is_replaced(tmp_path, group
     assert not (path / "head-00007.safetensors").exists()
 
 
-@pytest.mark.parametrize("failing", ["_write_tensors", "_write_json", "_sync"])
+@pytest.mark.parametrize(
+    "failing",
+    [
+        (saving, "_write_tensors"),
+        (manifest, "entry_of"),
+        (manifest, "write_json"),
+        (manifest, "write_manifest"),
+        (manifest, "sync"),
+        (saving, "sync"),
+    ],
+    ids=lambda failing: failing[1],
+)
 def test_a_save_that_fails_leaves_the_older_ones_and_no_half_one(tmp_path, group, monkeypatch, failing):
     """A full disk, say. With keep_last=1 the old one must not go before the new one is there."""
     checkpoints = Checkpoints(tmp_path, 1, group)
@@ -158,9 +172,11 @@ def test_a_save_that_fails_leaves_the_older_ones_and_no_half_one(tmp_path, group
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, failing, fail)
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr(*failing, fail)
+        expected = "step 6 could not be written, earlier ones are untouched: rank 0: .*No space left"
+        with pytest.raises(UserError, match=expected):
             save(checkpoints, 6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005"]
     assert checkpoints.newest() == whole
     assert_same(read_tensors(whole / "backbone.safetensors"), backbone_of(5))
     assert save(checkpoints, 6) == checkpoints.newest()

@@ -11,7 +11,7 @@ import torch
 from launching import REPOSITORY, Started, options, read_metrics, start_train
 from wandb_files import read_wandb
 
-from trainer.checkpoint import complete_checkpoints
+from trainer.manifest import complete_checkpoints
 
 
 @pytest.fixture(scope="module")

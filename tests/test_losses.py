@@ -17,7 +17,7 @@ from ranks import run_on_ranks
 from torch import Tensor
 
 from trainer.backbone import build_backbone
-from trainer.checkpoint import Checkpoints, head_tensors
+from trainer.checkpoint import head_tensors
 from trainer.collectives import gather_labelled
 from trainer.config import Config, from_dict
 from trainer.distributed import World
@@ -28,6 +28,7 @@ from trainer.loop import build_step
 from trainer.losses.terms import build_term
 from trainer.options import load
 from trainer.order import fold
+from trainer.saving import Checkpoints
 from trainer.state import build_head, build_state, resume, save
 
 NUM_RANKS = [1, 2, 3]

@@ -10,16 +10,19 @@ level 7
 level 6
     evaluate       a model on test sets: all ranks embed, all share the comparisons
 level 5
+    update         what every step has around the joint step: randomness, rate, an eye on its numbers
     report         what a run learned and where it errs, as one file for a browser
     classes        other classes for a checkpoint: grown, dropped, merged, matched by name
     export         a trained model for use elsewhere: timm, ONNX, torch.export, centroids, card
     warm_start     where a new run's weights come from, if not from the seed
+    resume         going on from a checkpoint: which one, whether this run may, what has changed
     sheet          what a run is about to do, told before it starts
     judge          a model judged by a protocol: sets are embedded, figures come out
 level 4
     trained        a trained model as it lies on disk: backbone, rows, names of the classes
     bench          what every protocol works with: model, embedded sets, figures with intervals
     state          all that changes while training: built, saved, restored
+    benchmark_save what a checkpoint costs: how long training stands still, memory to load one
     benchmark      what the head costs on this machine, in time and memory
 level 3
     packing        from a source to a finished data set: in several processes, resumable
@@ -41,6 +44,8 @@ level 3
     checkpoint     a run on disk: whole or absent, read on any number of ranks
     album          photo albums in PIPA's files: the regions of a person, cut out
     embed          embeddings of image sets: in memory, as a stream, or in files for millions
+    checkpoint     a run on disk: what it is made of, read on any number of ranks
+    saving         checkpoints written by all ranks together: whole or absent, behind training if asked
     evaluate       a model on test sets: all ranks embed, all share the comparisons
     study          one recipe, many rows and seeds: run what is missing, one table with a paired test
     pictures       losses side by side and over time, centres, the bounds of alpha [matplotlib]
@@ -54,6 +59,7 @@ level 2
     mixture        several packed data sets that are read as one
     cache          remote data sets: index at once, shards when first read, kept on the node
     shards         data shards: written as tars, or indexed where they are [webdataset]
+    health         are all ranks alive, their weights equal, their numbers finite; and what if not
     optimizer      the optimizer of backbone and head, its state allocated at once
     figures        pictures of an evaluation and of a run [matplotlib]
     imagesets      images to be judged, packed or in a folder, their keys and notes
@@ -67,6 +73,7 @@ level 1
     passes         what the two passes of the fused head hand to each other, and their buffers
     headcost       what a step of the fused head costs, from its shapes and a speed
     rows           one optimizer step on some rows of a matrix, stored in bfloat16 if asked
+    manifest       a checkpoint as files: its name, its record, the hashes that make damage visible
     batchnorm      batch norm over the images of all ranks
     metrics        how good features are: accuracy, verification, identification
     index          where every sample of a packed data set lies: found with one read
@@ -83,6 +90,7 @@ level 0
     machines       accelerators by their data sheets
     networks       networks of the papers that timm does not have
     scale          the scale alpha of the cosine softmax: its rules
+    signals        being told to stop: a scheduler's signal, or a launcher that is gone
     schedule       the learning rate by step
     page           the page of a report: HTML and CSS in one file, for light and dark
     address        where a data set is: a folder, or a URL shown without its credentials

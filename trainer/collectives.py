@@ -6,7 +6,7 @@ dimensions are written ``...``.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -160,6 +160,13 @@ def from_main(value: T, group: ProcessGroup) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
+
+
+def from_all(value: T, group: ProcessGroup) -> list[T]:
+    """Return the values of all ranks, small plain Python objects, in rank order."""
+    values: list[T | None] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return cast(list[T], values)
 
 
 def wait_for_all(group: ProcessGroup) -> None:

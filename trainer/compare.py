@@ -16,7 +16,7 @@ from torch import Tensor
 from trainer import figures
 from trainer.backbone import Backbone, build_backbone
 from trainer.bench import Model
-from trainer.checkpoint import complete_checkpoints, load_head, read_record, read_rows, read_tensors
+from trainer.checkpoint import load_head, read_rows, read_tensors
 from trainer.config import Config, ProtocolConfig
 from trainer.distributed import World, joined_world
 from trainer.embed import Embeddings, Reading, write_embeddings
@@ -26,6 +26,7 @@ from trainer.head import ClassShard, DenseHead
 from trainer.imagesets import open_images
 from trainer.judge import judge
 from trainer.log import CLASSES
+from trainer.manifest import complete_checkpoints, read_record
 from trainer.options import load
 from trainer.report import FILE, view_head, write_report
 from trainer.state import build_head, load_loss_statistics

@@ -444,7 +444,19 @@ class EngineConfig:
     """Micro-batches per optimizer step; the global batch is divided among them."""
 
     timeout_seconds: Positive = 600.0
-    """A collective that waits longer ends every rank with an error."""
+    """A collective that waits longer ends every rank with an error that names the ranks it waited for."""
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not a number, on any rank: `stop` ends the run, `skip` leaves the step out
+    on all ranks. Either keeps the batch below `nonfinite/` and names its samples. An overflow of float16's
+    scaled gradients is neither: it is skipped and lowers the loss scale, by design."""
+
+    max_skipped_steps: PositiveInt = 10
+    """With `on_nonfinite: skip`: more such steps in a row stop the run."""
+
+    check_weights_every: PositiveInt | None = 1000
+    """Every so many steps, and before a checkpoint, compare a hash of the backbone's weights over the ranks:
+    copies that differ stop the run. None does not."""
 
     wall_clock_breakdown: bool = False
     """DeepSpeed's own timers of forward, backward and step."""
@@ -463,9 +475,28 @@ class CheckpointConfig:
     keep_last: PositiveInt = 2
     """Newest checkpoints to keep."""
 
+    keep_every: PositiveInt | None = None
+    """Also keep, for good, the checkpoints of steps that are multiples of this."""
+
+    keep_best: str | None = Field(default=None, pattern=r"^eval/[^/]+/.+$")
+    """Also keep the checkpoint with the best value of this metric, such as `eval/same/accuracy`, among those
+    saved in a step that was evaluated."""
+
+    best_is: Literal["highest", "lowest"] = "highest"
+    """Which value of `keep_best` is the best."""
+
+    asynchronous: bool = False
+    """Copy the state in memory and write it behind training. Needs, per rank, as much memory as its part of
+    the checkpoint; at most one save is in flight."""
+
     resume: str = "auto"
-    """`auto`: the newest complete checkpoint of the run's folder, if any. `never`: start anew; refused when
-    the folder already holds checkpoints. Else the path of a checkpoint."""
+    """`auto`: the newest complete checkpoint of the run's folder, if any; a damaged one is set aside for the
+    one before. `never`: start anew; refused when the folder already holds checkpoints. Else the path of a
+    checkpoint: the run goes on from there, and the same command again from what it has saved since."""
+
+    allow_changes: list[str] = Field(default_factory=list)
+    """Fields that may differ from those of the checkpoint although that makes another training, such as
+    `[optim.weight_decay]`. Lengths, learning rate, ranks, batch, logging and the like always may."""
 
 
 @section
@@ -699,6 +730,9 @@ def check_across_fields(config: Config) -> None:
     for name, place in addresses.items():
         if isinstance(place, Url) and place.scheme == "pipe" and not config.data.allow_pipe:
             raise UserError(f"{name}: {place} is a command; it needs data.allow_pipe=true")
+    best = config.checkpoint.keep_best
+    if best and best.split("/")[1] not in config.eval.classification.keys() | config.eval.verification.keys():
+        raise UserError(f"checkpoint.keep_best: {best} is of a test set that `eval` does not have")
     for name in config.eval.classification.keys() & config.eval.verification.keys():
         raise UserError(f"eval.verification.{name}: eval.classification has a set of the same name")
     for name in config.eval.protocols.keys() & {*config.eval.classification, *config.eval.verification}:
@@ -730,6 +764,10 @@ def _check_variants(config: Config) -> None:
             "head.update": (head.update, "fused"),
             "optim.clip_norm": (config.optim.clip_norm, None),
             "engine.accumulation_steps": (config.engine.accumulation_steps, 1),
+            "engine.on_nonfinite": (
+                config.engine.on_nonfinite,
+                "stop",
+            ),  # rows are changed before it is known
         }
         others["loss.extra"] = (loss.extra, {})
         _require(f"head.side_stream: {head.side_stream}", others)

@@ -28,6 +28,7 @@ from trainer.index import ShardStore
 from trainer.ledger import BadSample, Ledger
 from trainer.order import Position, rank_positions, sample_key
 from trainer.samplers import Order, ShuffledOrder
+from trainer.signals import ignore_in_worker
 
 PADDING_LABEL = -1
 MAX_REPLACEMENTS = 20  # one after another, all bad: then the data is
@@ -355,6 +356,7 @@ def _loader(steps: Dataset[Any], plan: Any, workers: int) -> DataLoader[Any]:
         sampler=plan,
         batch_size=None,
         num_workers=workers,
+        worker_init_fn=ignore_in_worker,
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # else the loader draws from the caller's
     )

@@ -125,6 +125,16 @@ def open_meeting(num_ranks: int) -> tuple[object, list[dict[str, str]]]:
     return store, [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
 
 
+def second_store() -> dist.Store:
+    """Return a connection of its own to the store at which the ranks met, for another thread.
+
+    What is asked of it fails soon if the rank or launcher that keeps the store is gone.
+    """
+    store = distributed_c10d._get_default_store().clone()
+    store.set_timeout(timedelta(seconds=5.0))
+    return store
+
+
 def bound_all_groups(timeout_seconds: float) -> None:
     """Give every process group the same timeout. Call it on all ranks once all groups exist.
 

@@ -33,6 +33,9 @@ class StepOutput:
     applied: bool
     """False if the step was skipped, on all ranks alike, because a gradient was not finite."""
 
+    embeddings_ND: Tensor
+    """Of this rank's images."""
+
 
 class JointStep:
     """Callable that takes a rank's images of one step and updates backbone and head together."""
@@ -66,9 +69,10 @@ class JointStep:
         set_learning_rate(self.engine.optimizer, lr)
         set_learning_rate(self.head_optimizer, lr * self.head_lr_multiplier)
         self.head.begin_step(step)
-        outputs = []
+        outputs, embeddings = [], []
         for images, labels in zip(images_NCHW.chunk(accumulation), labels_N.chunk(accumulation), strict=True):
             embeddings_ND = undo_rank_average(self.engine(images), self.group)
+            embeddings.append(embeddings_ND.detach())
             output = self.head(embeddings_ND, labels)
             if self.side_stream and math.isfinite(float(output.loss.detach())):
                 self.head.update_in_backward(self.head_optimizer, step)
@@ -81,22 +85,29 @@ class JointStep:
         is_finite = math.isfinite(float(metrics["loss"]))
         grad_norm, applied = (self._update_zero if self._zero else self._update)(is_finite, step)
         self.head.end_step(applied)
-        return StepOutput(metrics, grad_norm, applied)
+        return StepOutput(metrics, grad_norm, applied, torch.cat(embeddings))
 
     def _update(self, is_finite: bool, step: int) -> tuple[float, bool]:
         """ZeRO stage 0: the averaged gradients are in ``parameter.grad``; clip both parts here."""
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         backbone_norm = float(torch.nn.utils.get_total_norm(gradients))
         if not (is_finite and math.isfinite(backbone_norm)):
+            self._leave_out()
             return backbone_norm, False
         norm = math.hypot(backbone_norm, self._norm_of_head_to_clip(backbone_norm))
         if not math.isfinite(norm):
+            self._leave_out()
             return norm, False
         divisor = self._clip_factor(norm)
         for gradient in gradients:
             gradient.div_(divisor)
         self.engine.step()
         return math.hypot(backbone_norm, self._update_head(divisor, step)), True
+
+    def _leave_out(self) -> None:
+        """Do at ZeRO stage 0 what DeepSpeed's stages do by themselves when they skip a step."""
+        self.engine.module.zero_grad()
+        self.engine.micro_steps += 1  # engine.step() would count it, and apply momentum and decay
 
     def _update_zero(self, is_finite: bool, step: int) -> tuple[float, bool]:
         """ZeRO stages 1 and 2: DeepSpeed clips or skips by the norm that ``_joint_norm`` completes."""

@@ -7,64 +7,65 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from trainer.checkpoint import Checkpoints
-from trainer.collectives import sum_over
+from trainer.collectives import start_max_over, sum_over
 from trainer.config import Config
 from trainer.data import Batch
 from trainer.distributed import World, joined_world
 from trainer.errors import UserError
 from trainer.evaluate import EvalSets, SetResult, figures_of
 from trainer.feed import TrainingData, build_batches, open_training_data, require_agreement, require_same_data
-from trainer.joint import JointStep, StepOutput
-from trainer.log import RunLog, Throughput
-from trainer.order import fold
+from trainer.health import require_equal_weights, watched
+from trainer.log import RunLog, Throughput, log
 from trainer.report import figures_of_head, tables_of_head, view_head, write_report
-from trainer.schedule import lr_at
+from trainer.resume import resume
+from trainer.saving import Checkpoints
 from trainer.sheet import as_text, run_sheet
-from trainer.state import TrainState, build_state, resume, save, share_statistics
+from trainer.signals import StopRequest
+from trainer.state import TrainState, build_state, save, share_statistics
+from trainer.update import build_update, learning_rate
 from trainer.warm_start import warm_start
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or a gradient is not a number; raised by every rank in the same step."""
 
 
 def train(config: Config) -> dict[str, float]:
     """Train from ``config``, going on from the run's newest checkpoint; return the final test metrics.
 
-    Every rank must call it. Raises UserError for what the user can mend, and NonFiniteError.
+    Told to stop by a signal it saves and returns ``stopped_at_step`` instead. Every rank must call it. Raises
+    UserError for what the user can mend, and what ``trainer/health.py`` finds.
     """
-    with joined_world(config.engine.timeout_seconds) as world:
+    timeout = config.engine.timeout_seconds
+    with StopRequest() as stop, joined_world(timeout) as world, watched(world) as heart:
         data = open_training_data(config)
         config = with_derived_fields(config, data)
         require_same_data(config, data, world)
-        checkpoints = Checkpoints(config.run_folder / "checkpoints", config.checkpoint.keep_last, world.group)
+        checkpoints = build_checkpoints(config, world)
+        checkpoints.claim()
         state = build_state(config, world)
         resume(state, config, checkpoints, data.fingerprint)
         require_agreement({"checkpoint.resume: the step": str(state.step)}, world.group, world.device)
         if state.step == 0:
             warm_start(state, config, data, world)
         test_sets = EvalSets(config, world, data.class_names, state.head.shard.num_classes)
-        update = build_step(state, config, world)
+        update = build_update(state, config, data, world)
         batches = build_batches(config, data, world, state.position)
 
         with closing(batches), RunLog(config, is_main=world.is_main, start_step=state.step) as log_run:
             log_run.class_names(data.class_names)
             log_run.sheet(as_text(run_sheet(config, world, data, state.head, state.step)))
-            throughput, results = Throughput(), None
-            while state.step < log_run.total_steps:
+            throughput, results, is_stopping = Throughput(), None, False
+            while state.step < log_run.total_steps and not is_stopping:
+                heart.at(state.step + 1, "waiting for data")
                 asked = time.perf_counter()
                 batch, position = next(batches)
                 throughput.count(config.data.batch_size, waited_seconds=time.perf_counter() - asked)
+                wishes = start_max_over(wishes_of(stop, checkpoints, world), world.group)
 
-                # Dropout draws from this: the same after a resume.
-                torch.manual_seed(fold(config.seed, state.step, world.rank))
+                heart.at(state.step + 1, "training")
                 lr = learning_rate(config, state.step)
-                images_NCHW, labels_N = batch.images_NCHW.to(world.device), batch.labels_N.to(world.device)
-                out = update(images_NCHW, labels_N, lr, state.step)
-                require_finite(out, config, state.step)
+                out = update(batch, lr)
                 state.step, state.position = state.step + 1, position
+                is_stopping, is_writing = map(bool, wishes().tolist())
 
+                heart.at(state.step, "logging, evaluating or saving")
                 if log_run.is_due(state.step, config.log.every_steps):
                     log_run.add({f"train/{name}": value for name, value in out.metrics.items()})
                     log_run.add({"train/lr": lr, "train/grad_norm": out.grad_norm, **throughput.read()})
@@ -72,15 +73,24 @@ def train(config: Config) -> dict[str, float]:
                     log_run.add({"train/dead_classes": dead_classes(state, config)})
                 if config.data.log_batch_digest:
                     log_run.add({"data/batch_digest": batch_digest(batch, world)})
-                if log_run.is_due(state.step, config.eval.every_steps):
+                metrics: dict[str, float] = {}
+                if log_run.is_due(state.step, config.eval.every_steps) and not is_stopping:
                     results = evaluate(state, test_sets)
                     view = view_head(state.head, results, data.class_names, list(config.eval.classification))
-                    log_run.add(metrics_of(results) | view.metrics)
+                    metrics = metrics_of(results)
+                    log_run.add(metrics | view.metrics)
                     for result in results if config.eval.save_embeddings else ():
                         log_run.embeddings(result.name, result.embeddings_ND, result.labels_N, state.step)
                 log_run.write(state.step)
-                if log_run.is_due(state.step, config.checkpoint.every_steps):
-                    save(state, config, checkpoints, data.fingerprint)
+                check_weights(state, config)
+                if not is_writing:
+                    checkpoints.finish()
+                if log_run.is_due(state.step, config.checkpoint.every_steps) or is_stopping:
+                    save(state, config, checkpoints, data, metrics)
+            checkpoints.finish()
+            if is_stopping:
+                log.info("told to stop: saved step %d; the same command goes on from there", state.step)
+                return {"stopped_at_step": state.step}
 
             if results is None:  # the run was complete before
                 results = evaluate(state, test_sets)
@@ -119,44 +129,29 @@ def with_derived_fields(config: Config, data: TrainingData) -> Config:
     )
 
 
-def build_step(state: TrainState, config: Config, world: World) -> JointStep:
-    """Build the function that trains on one batch."""
-    return JointStep(
-        state.engine,
-        state.head,
-        state.head_optimizer,
-        group=world.group,
-        clip_norm=config.optim.clip_norm,
-        head_lr_multiplier=config.head.lr_multiplier,
-        side_stream=config.head.side_stream,
+def build_checkpoints(config: Config, world: World) -> Checkpoints:
+    """Build what saves and finds the checkpoints of the run's folder."""
+    keep = config.checkpoint
+    return Checkpoints(
+        config.run_folder / "checkpoints",
+        keep.keep_last,
+        world.group,
+        keep_every=keep.keep_every,
+        keep_best=keep.keep_best,
+        best_is=keep.best_is,
     )
 
 
-def learning_rate(config: Config, step: int) -> float:
-    """Return the learning rate of step ``step`` (from 0)."""
-    optim = config.optim
-    assert optim.steps is not None
-    return lr_at(
-        step,
-        peak=optim.lr,
-        total_steps=optim.steps,
-        warmup_steps=optim.warmup_steps,
-        shape=optim.schedule,
-        final_fraction=optim.final_lr,
-    )
+def wishes_of(stop: StopRequest, checkpoints: Checkpoints, world: World) -> Tensor:
+    """Return what all ranks do if one has to: stop, and let the save in flight go on."""
+    return torch.tensor([stop.is_asked, checkpoints.is_writing], dtype=torch.int32, device=world.device)
 
 
-def require_finite(out: StepOutput, config: Config, step: int) -> None:
-    """Raise NonFiniteError, on every rank in the same step since all see the same global numbers.
-
-    In float16 a gradient that overflows is skipped by design, and the loss scale lowered.
-    """
-    overflow = not out.applied and config.engine.dtype != "float16"
-    if overflow or not torch.isfinite(out.metrics["loss"]):
-        raise NonFiniteError(
-            f"step {step + 1}: loss {float(out.metrics['loss'])}, gradient norm {out.grad_norm}; "
-            "no weight was changed. Try a lower optim.lr, optim.clip_norm or more optim.warmup_steps"
-        )
+def check_weights(state: TrainState, config: Config) -> None:
+    """Compare the backbone's copies if it is time; every rank must call it."""
+    every = config.engine.check_weights_every
+    if every and state.step % every == 0:
+        require_equal_weights(state.engine.module, state.head.group, state.step)
 
 
 def batch_digest(batch: Batch, world: World) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,27 +9,22 @@ from torch.optim import Optimizer
 
 from trainer import checkpoint
 from trainer.backbone import build_backbone
-from trainer.checkpoint import Checkpoints
 from trainer.collectives import sum_over
 from trainer.config import UNFUSED, Config, to_dict
 from trainer.distributed import World, require_memory
-from trainer.engine import build_engine, compute_dtype, load_state, state_numbers, state_tensors
+from trainer.engine import build_engine, compute_dtype, state_numbers, state_tensors
 from trainer.errors import UserError
+from trainer.feed import TrainingData
 from trainer.fused import HIGHEST_LOGIT, FusedCocoHead
 from trainer.head import ClassShard, CocoHead, DenseHead
-from trainer.log import log
+from trainer.health import require_equal_weights
 from trainer.losses.terms import build_term, num_matrices
 from trainer.losses.weighted_sum import WeightedSum
 from trainer.margins import MARGINS, build_margin
 from trainer.optimizer import allocate_state, build_optimizer, parameter_groups
 from trainer.order import Position
+from trainer.saving import Checkpoints
 from trainer.scale import scale_of
-
-# A checkpoint is of another model, or of other data, if one of these differs.
-_IDENTITY = (
-    "seed", "backbone.name", "backbone.channels", "backbone.neck", "backbone.embedding_dim", "loss.name",
-    "head.num_classes", "head.scale", "head.sub_centroids", "head.optimizer", "optim.name",
-)  # fmt: skip
 
 
 @dataclass
@@ -42,6 +36,8 @@ class TrainState:
     head_optimizer: Optimizer
     step: int = 0
     position: Position = field(default_factory=Position)
+    started_from: str | None = None
+    """The checkpoint that the user named and this run, or the one it goes on from, began with."""
 
 
 def build_state(config: Config, world: World) -> TrainState:
@@ -135,24 +131,35 @@ def head_bytes(config: Config, num_rows: int, dim: int) -> int:
     return num_rows * (config.head.sub_centroids * row_bytes + 4)
 
 
-def save(state: TrainState, config: Config, checkpoints: Checkpoints, fingerprint: str) -> None:
-    """Write a checkpoint; every rank must call it. ``fingerprint`` is that of the training data."""
+def save(
+    state: TrainState,
+    config: Config,
+    checkpoints: Checkpoints,
+    data: TrainingData,
+    metrics: dict[str, float] | None = None,
+) -> None:
+    """Write a checkpoint, or begin to if ``checkpoint.asynchronous``; every rank must call it.
+
+    ``data`` is what is trained on, ``metrics`` are of an evaluation in this step.
+    """
+    if config.engine.check_weights_every:
+        require_equal_weights(state.engine.module, state.head.group, state.step)
     share_statistics(state)
     record = {
         "position": dataclasses.asdict(state.position),
         "numbers": state_numbers(state.engine),
         "loss": loss_statistics(state.head),
-        "data_fingerprint": fingerprint,
+        "data_fingerprint": data.fingerprint,
+        "ranks": state.head.group.size(),
+        "started_from": state.started_from,
+        "metrics": metrics or {},
         "config": to_dict(config),
     }
-    path = checkpoints.save(
-        state.step,
-        record,
-        backbone=dict(state_tensors(state.engine)),
-        head=checkpoint.head_tensors(state.head, state.head_optimizer),
-        shard=state.head.row_shard,
-    )
-    log.info("saved %s", path)
+    is_main = state.head.group.rank() == 0  # the others compute the backbone's state with it and drop it
+    backbone = {name: tensor for name, tensor in state_tensors(state.engine) if is_main}
+    write = checkpoints.start if config.checkpoint.asynchronous else checkpoints.save
+    head = checkpoint.head_tensors(state.head, state.head_optimizer)
+    write(state.step, record, backbone, head, state.head.row_shard, data.class_names)
 
 
 @torch.no_grad()
@@ -176,58 +183,3 @@ def load_loss_statistics(head: DenseHead, record: dict[str, Any]) -> None:
     """Restore what ``loss_statistics`` returned from a checkpoint's record."""
     for name, value in head.statistics().items():
         value.fill_(record["loss"][name])
-
-
-def resume(state: TrainState, config: Config, checkpoints: Checkpoints, fingerprint: str) -> None:
-    """Restore the state as ``checkpoint.resume`` says; every rank must call it. Raises UserError.
-
-    1. a path: that checkpoint;  2. "auto": the run's newest, if there is one;  3. "never": none, and the
-    folder must not hold any, since they would be mixed with the new run's.
-    """
-    newest = checkpoints.newest()
-    if config.checkpoint.resume == "never":
-        if newest is not None:
-            raise UserError(
-                f"checkpoint.resume: never, but {newest} exists; choose another run.name or remove it"
-            )
-        return
-    path = newest if config.checkpoint.resume == "auto" else Path(config.checkpoint.resume)
-    if path is None:
-        return
-    if newest is not None and path.resolve().parent == newest.resolve().parent and path.name < newest.name:
-        raise UserError(
-            f"checkpoint.resume: {path} is older than {newest}: the two would mix; take another run.name"
-        )
-    record = checkpoint.read_record(path)
-    _check_same_model(path, record, config, fingerprint)
-    load_state(state.engine, checkpoint.read_tensors(path / "backbone.safetensors"), record["numbers"], path)
-    rows = checkpoint.read_rows(path, state.head.row_shard)
-    checkpoint.load_head(state.head, state.head_optimizer, rows, int(record["numbers"]["optimizer_steps"]))
-    load_loss_statistics(state.head, record)
-    state.step, state.position = record["step"], Position(**record["position"])
-    log.info("resumed from %s", path)
-
-
-def _check_same_model(path: Path, record: dict[str, Any], config: Config, fingerprint: str) -> None:
-    """Refuse a checkpoint of another model or other data; tell what else was changed."""
-    before, now = _flat(record["config"]), _flat(to_dict(config))
-    for name in _IDENTITY:
-        if before.get(name) != now[name]:
-            raise UserError(
-                f"{path}: checkpoint of another model: {name} was {before.get(name)!r}, is {now[name]!r}"
-            )
-    if record["data_fingerprint"] != fingerprint:
-        raise UserError(
-            f"{path}: data.train: {config.data.train} is not the data this checkpoint was trained on"
-        )
-    for name in sorted(now.keys() | before.keys()):
-        if before.get(name) != now.get(name):
-            log.info("changed since the checkpoint: %s was %r, is %r", name, before.get(name), now.get(name))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return {"section.field": value}."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from trainer.backbone import Backbone, build_backbone
-from trainer.checkpoint import complete_checkpoints, read_record, read_rows, read_tensors
+from trainer.checkpoint import read_rows, read_tensors
 from trainer.config import Config, InvalidConfigError, from_dict
 from trainer.errors import UserError
 from trainer.head import ClassShard
 from trainer.log import CLASSES
+from trainer.manifest import complete_checkpoints, read_record
 
 BLOCK_ROWS = 16384
 
