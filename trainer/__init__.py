@@ -15,6 +15,7 @@ level 3
     packing        from a source to a finished data set: in several processes, resumable
     check          is a packed data set what its index says, to the last pixel?
     fused          the head at its limit: no logits, no normalised copy, no dense gradient
+    preflight      before renting hours: are all hosts alike, healthy and connected?
     plan           memory, traffic and time for K classes on N GPUs, before renting them
     textbook       the class-parallel head as usually written: what the benchmark compares with
     engine         the backbone's engine, its configuration and its state [deepspeed]
