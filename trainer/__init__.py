@@ -53,6 +53,7 @@ level 0
     machines       accelerators by their data sheets
     networks       networks of the papers that timm does not have
     scale          the scale alpha of the cosine softmax: its rules
+    heartbeat      who is still there: names the ranks that a failed run lost
     schedule       the learning rate by step
     errors         the one error that is the user's to mend
 """

@@ -17,6 +17,11 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
 
 from trainer.errors import UserError
+from trainer.heartbeat import Heartbeat
+
+
+class LostRankError(RuntimeError):
+    """Other ranks are gone, or cannot be reached; the message names them and their hosts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +107,32 @@ def joined_world(timeout_seconds: float) -> Iterator[World]:
         **where,
     )
     group = distributed_c10d._get_default_group()
-    yield World(
+    world = World(
         rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device, group=group
     )
+    if size == 1:
+        yield world
+    else:
+        with _named_losses(world):
+            yield world
     dist.destroy_process_group()
+
+
+@contextmanager
+def _named_losses(world: World) -> Iterator[None]:
+    """Raise LostRankError, which names the ranks that are gone, when communicating fails for that reason."""
+    heartbeat = Heartbeat(distributed_c10d._get_default_store(), world.rank, world.size)
+    try:
+        yield
+    except RuntimeError as error:
+        # What gloo and NCCL raise; a subclass of torch's own or ours has another cause.
+        if type(error) is RuntimeError or isinstance(error, dist.DistError):
+            lost = heartbeat.silent_ranks()
+            if lost:
+                raise LostRankError(f"lost {', '.join(lost)}") from error
+        raise
+    finally:
+        heartbeat.leave()
 
 
 def open_meeting(num_ranks: int) -> tuple[object, list[dict[str, str]]]:

@@ -47,7 +47,9 @@ def why_not() -> str | None:
         if shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin:/sbin") is None:
             return f"needs {program}: apt-get install {package} (all: docker/apt-cluster.txt)"
     tried = subprocess.run(
-        ["unshare", "--net", "--pid", "--fork", "--mount", "--mount-proc", "true"], capture_output=True, text=True
+        ["unshare", "--net", "--pid", "--fork", "--mount", "--mount-proc", "true"],
+        capture_output=True,
+        text=True,
     )
     return f"unshare: {tried.stderr.strip()}" if tried.returncode else None
 
@@ -96,7 +98,9 @@ class Hosts:
         found = [pid for pid, args in self.python_processes(name) if "launch/" in args and "-u" in args]
         parents = dict(
             (int(pid), int(parent))
-            for pid, parent in (line.split() for line in self.run(name, "ps", "-eo", "pid=,ppid=").splitlines())
+            for pid, parent in (
+                line.split() for line in self.run(name, "ps", "-eo", "pid=,ppid=").splitlines()
+            )
         )
         return [pid for pid in found if parents.get(pid) not in found]
 
@@ -161,8 +165,10 @@ class Hosts:
         _call(*inside, "link", "set", "eth0", "up")
         probe = ("ssh", name, "true")
         _wait_until(
-            lambda: bool(_children(outer.pid))
-            and subprocess.run(self.command(name, *probe), capture_output=True).returncode == 0,
+            lambda: (
+                bool(_children(outer.pid))
+                and subprocess.run(self.command(name, *probe), capture_output=True).returncode == 0
+            ),
             f"sshd of {name}",
         )
 

@@ -4,11 +4,9 @@ its cable or a rank is lost. `make test-cluster` runs this; about a minute a tes
 
 import json
 import os
-import re
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import pytest
 import torch
 from conftest import skip_without_rights
 from hosts import Hosts, hosts_up
-from launching import BIN, REPOSITORY, Finished, Started, free_port, read_metrics
+from launching import BIN, Started, free_port, read_metrics
 
 TIMEOUT = 10.0  # engine.timeout_seconds of the runs that lose something
 STEPS = 24
