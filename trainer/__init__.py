@@ -46,6 +46,7 @@ level 1
     recordio       InsightFace's .rec and .idx
     pickles        the pickles of foreign data sets, read without unpickling
     jobs           independent pieces of work in several processes
+    elastic        start a run again with the hosts that are left
 level 0
     collectives    every tensor that travels between ranks in a step, with its gradient [torch.distributed]
     augment        from the bytes of an image to the tensor that is sent to the device

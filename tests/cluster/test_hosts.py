@@ -4,17 +4,18 @@ its cable or a rank is lost. `make test-cluster` runs this; about a minute a tes
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import skip_without_rights
 from hosts import Hosts, hosts_up
-from launching import BIN, Started, free_port, read_metrics
+from launching import BIN, REPOSITORY, Finished, Started, free_port, read_metrics
 
 TIMEOUT = 10.0  # engine.timeout_seconds of the runs that lose something
 STEPS = 24
@@ -115,3 +116,100 @@ def test_the_loss_curve_on_two_hosts_is_that_of_one_process(
     assert f"ranks              {2 * ranks_per_host} on cpu, {ranks_per_host} on this host" in done.stderr
     assert len(list((tmp_path / "many" / "wandb").glob("offline-run-*"))) == 1  # rank 0's, of all hosts
     assert_nothing_is_left(cluster)
+
+
+def test_a_rank_that_is_killed_ends_all_with_its_name(cluster: Hosts, digits: Path, tmp_path: Path) -> None:
+    started = start(
+        cluster, dict.fromkeys(cluster.names, 1), "launch/train.py", *long_run(digits, tmp_path, "kill"),
+        root=tmp_path,
+    )  # fmt: skip
+    wait_for_step(tmp_path / "kill", 3, started)
+    [victim] = cluster.rank_processes("node2")
+    cluster.run("node2", "kill", "-9", str(victim))
+    done = ends_in_time(started)
+    assert done.code != 0
+    assert "lost rank 1 on node2" in done.stderr, done.stderr[-4000:]
+    assert not (tmp_path / "kill" / "done.json").exists()
+    assert_nothing_is_left(cluster)
+
+
+@pytest.mark.parametrize("how", ["power", "cable"])
+def test_a_host_or_cable_that_is_lost_ends_all_in_time_and_fewer_hosts_go_on(
+    tmp_path_factory: pytest.TempPathFactory, digits: Path, tmp_path: Path, how: str
+) -> None:
+    with two_hosts(tmp_path_factory) as cluster:
+        run, training = tmp_path / how, long_run(digits, tmp_path, how)
+        started = start(cluster, {"node1": 1, "node2": 1}, "launch/train.py", *training, root=tmp_path)
+        wait_for_step(run, 12, started)
+        if how == "power":
+            cluster.power_off("node2")
+        else:
+            cluster.cut("node2")
+        done = ends_in_time(started)
+        assert done.code != 0
+        assert "lost rank 1 on node2" in done.stderr, done.stderr[-4000:]
+        if how == "cable":  # the other side ended by itself too, though nobody could reach it
+            assert_nothing_is_left(cluster, seconds=TIMEOUT + LAUNCHER)
+        # Its newest complete checkpoint lies at 10 steps or later: the rest of the hosts go on from there.
+        newest = max(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+        training[training.index("optim.steps=3000")] = f"optim.steps={newest + 5}"
+        done = start(cluster, {"node1": 1}, "launch/train.py", *training, root=tmp_path).wait()
+        assert done.code == 0, done.stderr
+        assert f"resumed from {run / 'checkpoints'}" in done.stderr
+        assert len(losses(run)) == newest + 5
+
+
+def test_a_slow_link_changes_nothing_but_time(
+    tmp_path_factory: pytest.TempPathFactory, digits: Path, one_process: Path, tmp_path: Path
+) -> None:
+    """tc shapes the link of node2 in mid-run; delay and loss too where the kernel has netem."""
+    with two_hosts(tmp_path_factory) as cluster:
+        training = arguments(digits, tmp_path, "slow")
+        started = start(cluster, {"node1": 1, "node2": 1}, "launch/train.py", *training, root=tmp_path)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "slow" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        cluster.limit("node2", "20mbit")
+        with suppress(OSError):
+            cluster.disturb("node2", delay_ms=5, loss=0.01)
+        done = started.wait()
+        assert done.code == 0, done.stderr
+        torch.testing.assert_close(losses(tmp_path / "slow"), losses(one_process), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_reach_every_rank(
+    cluster: Hosts, digits: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    started = start(
+        cluster, dict.fromkeys(cluster.names, 1), "launch/train.py", *long_run(digits, tmp_path, "stop"),
+        root=tmp_path,
+    )  # fmt: skip
+    wait_for_step(tmp_path / "stop", 3, started)
+    [runner] = [pid for pid, args in cluster.python_processes("node1") if "--hostfile" in args]
+    cluster.run("node1", "kill", f"-{number.name[3:]}", str(runner))
+    assert ends_in_time(started).code != 0
+    assert_nothing_is_left(cluster)
+
+
+def test_preflight_finds_other_code_on_one_host(cluster: Hosts, digits: Path, tmp_path: Path) -> None:
+    slots, options = dict.fromkeys(cluster.names, 1), arguments(digits, tmp_path, "pre")
+    loose = ("--json", "--disk-gib", "0", "--slowest", "0", "--latency-seconds", "9", "--clock-seconds", "9")
+    file = REPOSITORY / "trainer" / "scale.py"
+    cluster.overlay("node2", file, file.read_text() + "# changed on one host\n")
+    try:
+        done = start(cluster, slots, "launch/preflight.py", *options, *loose, root=tmp_path).wait()
+    finally:
+        cluster.remove_overlay("node2", file)
+    assert done.code == 1, done.stderr
+    [line] = [line for line in done.stdout.splitlines() if '"problems"' in line]
+    report = json.loads(line[line.index("{") :])  # pdsh writes the host before it
+    assert [facts["host"] for facts in report["ranks"]] == cluster.names
+    assert [facts["interface"] for facts in report["ranks"]] == ["eth0", "eth0"]
+    [problem] = report["problems"]
+    assert problem.startswith("node2 (rank 1) runs other code")
+
+
+def ends_in_time(started: Started) -> Finished:
+    """Wait for the end of a run that lost something: its time-out, and what the launcher needs."""
+    return started.wait(TIMEOUT + LAUNCHER)
