@@ -113,7 +113,7 @@ def test_the_loss_curve_on_two_hosts_is_that_of_one_process(
     # float32 sums in another order, 24 steps
     torch.testing.assert_close(losses(tmp_path / "many"), losses(one_process), rtol=1e-4, atol=0)
     assert json.loads((tmp_path / "many" / "done.json").read_text())["step"] == STEPS
-    assert f"ranks              {2 * ranks_per_host} on cpu, {ranks_per_host} on this host" in done.stderr
+    assert f" {2 * ranks_per_host} on cpu, {ranks_per_host} on this host" in done.stderr
     assert len(list((tmp_path / "many" / "wandb").glob("offline-run-*"))) == 1  # rank 0's, of all hosts
     assert_nothing_is_left(cluster)
 
