@@ -1,7 +1,7 @@
 """What of requirements.lock an image installs: ``lock.py cuda|cpu|torch requirements.lock``.
 
 ``cuda`` prints all of it. ``cpu`` leaves out torch and torchvision, whose CPU builds come from an index of
-their own under other hashes, and what only the CUDA builds need. ``torch`` prints the two as name==version.
+their own under other hashes, and what only the CUDA builds need. ``torch`` prints the two, name==version.
 Runs on a bare Python, before anything is installed.
 """
 
@@ -38,6 +38,6 @@ if __name__ == "__main__":
     if variant not in ("cuda", "cpu", "torch"):
         sys.exit(f"error: VARIANT={variant}: is neither cuda nor cpu")
     if variant == "torch":
-        print(*torch_pins(text, platform.machine()))
+        print(*torch_pins(text, platform.machine()), sep="\n")
     else:
         print(text if variant == "cuda" else without_cuda(text))

@@ -118,7 +118,7 @@ def test_it_runs_as_nobody_in_particular_and_carries_labels(docker: Docker, imag
     assert labels["org.opencontainers.image.revision"] == revision.strip()
     assert labels["coco-trainer.lock-sha256"] == lock
     assert labels["coco-trainer.variant"] == "cuda"
-    assert inspected["Config"]["User"] == "trainer"
+    assert inspected["Config"]["User"] == "1000"
     assert docker.in_image("id", "-u").strip() == "1000"
 
 
