@@ -45,17 +45,21 @@ def start(
     cluster: Hosts, slots: dict[str, int], script: str, *options: str, root: Path, on: str = "node1"
 ) -> Started:
     """Start ``deepspeed --hostfile`` on a host as docs/cluster.md says."""
-    root.mkdir(exist_ok=True)
-    hostfile, variables = root / "hostfile", root / "deepspeed_env"
+    hostfile = root / "hostfile"
     hostfile.write_text("".join(f"{name} slots={count}\n" for name, count in slots.items()))
-    variables.write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=eth0\n")
     command = (BIN / "deepspeed", "--hostfile", hostfile, "--master_port", str(free_port()), script, *options)
-    return Started(
-        *cluster.command(on, *command),
-        DS_ENV_FILE=str(variables),
-        PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=5 -o ServerAliveCountMax=2",
-        PATH=f"{BIN}:{os.environ['PATH']}:/usr/sbin",
-    )
+    return Started(*cluster.command(on, *command), **variables(root))
+
+
+def variables(root: Path) -> dict[str, str]:
+    """Return the environment of the launcher; what is for all hosts it reads from a file."""
+    file = root / "deepspeed_env"
+    file.write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=eth0\n")
+    return {
+        "DS_ENV_FILE": str(file),
+        "PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=5 -o ServerAliveCountMax=2",
+        "PATH": f"{BIN}:{os.environ['PATH']}:/usr/sbin",
+    }
 
 
 def losses(run: Path) -> torch.Tensor:
@@ -129,6 +133,7 @@ def test_a_rank_that_is_killed_ends_all_with_its_name(cluster: Hosts, digits: Pa
     done = ends_in_time(started)
     assert done.code != 0
     assert "lost rank 1 on node2" in done.stderr, done.stderr[-4000:]
+    assert "lost rank 1 on node2" in (tmp_path / "kill" / "log.txt").read_text()
     assert not (tmp_path / "kill" / "done.json").exists()
     assert_nothing_is_left(cluster)
 
@@ -208,6 +213,49 @@ def test_preflight_finds_other_code_on_one_host(cluster: Hosts, digits: Path, tm
     assert [facts["interface"] for facts in report["ranks"]] == ["eth0", "eth0"]
     [problem] = report["problems"]
     assert problem.startswith("node2 (rank 1) runs other code")
+
+
+def test_elastic_goes_on_with_the_host_that_is_left(
+    tmp_path_factory: pytest.TempPathFactory, digits: Path, tmp_path: Path
+) -> None:
+    with two_hosts(tmp_path_factory) as cluster:
+        run, training = tmp_path / "elastic", long_run(digits, tmp_path, "elastic")
+        training[training.index("optim.steps=3000")] = "optim.steps=300"
+        hostfile = tmp_path / "hostfile"
+        hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
+        supervisor = (
+            "launch/elastic.py",
+            "--hostfile",
+            hostfile,
+            "--max-restarts",
+            "1",
+            "--pause-seconds",
+            "1",
+        )
+        started = Started(
+            *cluster.command("node1", sys.executable, *supervisor, *training), **variables(tmp_path)
+        )
+        wait_for_step(run, 12, started)
+        cluster.power_off("node2")
+        done = started.wait(300)
+        assert done.code == 0, done.stderr[-4000:]
+        assert "node2 is left out" in done.stderr
+        assert "try 2 of 2 on node1 x 1" in done.stderr
+        assert "resumed from" in done.stderr
+        assert json.loads((run / "done.json").read_text())["step"] == 300
+        assert len(losses(run)) == 300
+
+
+def test_a_host_that_does_not_answer_ends_the_preflight_within_a_minute(
+    tmp_path_factory: pytest.TempPathFactory, digits: Path, tmp_path: Path
+) -> None:
+    with two_hosts(tmp_path_factory) as cluster:
+        cluster.cut("node2")
+        slots = dict.fromkeys(cluster.names, 1)
+        options = (*arguments(digits, tmp_path, "pre"), "--timeout-seconds", "20")
+        done = start(cluster, slots, "launch/preflight.py", *options, root=tmp_path).wait(60)
+        assert done.code != 0
+        assert "node2" in done.stderr, done.stderr
 
 
 def ends_in_time(started: Started) -> Finished:
