@@ -90,7 +90,9 @@ class Hosts:
         """Return (pid on the host, command line) of every Python process there; none if it is off."""
         if self._outer[name].poll() is not None:
             return []
-        lines = [line.split(None, 1) for line in self.run(name, "ps", "-eo", "pid=,args=").splitlines()]
+        lines = [
+            line.split(None, 1) for line in self.run(name, "ps", "-ww", "-eo", "pid=,args=").splitlines()
+        ]
         return [(int(pid), args) for pid, args in lines if "python" in args]
 
     def rank_processes(self, name: str) -> list[int]:
