@@ -5,13 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 UV := $(VENV)/uv/bin/uv
+DOCKER ?= docker
+VARIANT ?= cuda
 # On CPU everywhere, so that the demo is the same on a laptop and beside GPUs.
 DEMO := DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_gpus 2 launch/train.py
 
-.PHONY: help setup check format test demo docs lock clean
+.PHONY: help setup check format test test-cluster docker docker-test demo docs lock clean
 
 help: ## print this
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## create .venv with the exact packages of requirements.lock
 
@@ -36,6 +38,18 @@ format: setup ## put the code into its one format
 
 test: setup ## the whole test suite, on CPU
 	$(BIN)/pytest
+
+test-cluster: setup ## training on several hosts, made of namespaces, for real; root on Linux, else skips
+	$(BIN)/pytest -rs tests/cluster/test_hosts.py
+
+docker: ## the image coco-trainer:$(VARIANT), VARIANT=cuda or cpu; BASE_IMAGE and DOCKER_OPTIONS as you like
+	DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --tag coco-trainer:$(VARIANT) \
+	  --build-arg VARIANT=$(VARIANT) --build-arg GIT_REVISION=$$(git describe --always --dirty --abbrev=40) \
+	  --build-arg LOCK_SHA256=$$(sha256sum requirements.lock | cut -c1-64) \
+	  $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) $(DOCKER_OPTIONS) .
+
+docker-test: setup ## build the image twice, compare, train in it; starts an engine of its own if there is none
+	$(BIN)/pytest -rs tests/cluster/test_docker.py
 
 demo: setup ## real data, training on 2 ranks, evaluation, pictures
 	$(BIN)/python launch/pack.py mnist5k data/mnist --if-missing

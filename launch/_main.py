@@ -14,15 +14,17 @@ _PATIENCE_SECONDS = 3.0
 
 
 def run(main: Callable[[], object]) -> None:
-    """Call ``main`` and exit. An exception ends the process at once, without waiting for other ranks.
+    """Call ``main`` and exit, with the code that it returns, if any.
 
-    A launcher reports the first exit code it sees, and ranks that only lost a partner die in the same
-    moment as the one that knows why: they wait a little, so that the reason comes first.
+    An exception ends the process at once, without waiting for other ranks. A launcher reports the first exit
+    code it sees, and ranks that only lost a partner die in the same moment as the one that knows why: they
+    wait a little, so that the reason comes first.
     """
     rank = int(os.environ.get("RANK", "0"))
     code = 0
     try:
-        main()
+        returned = main()
+        code = returned if isinstance(returned, int) else 0
     except UserError as error:
         if rank > 0:  # if rank 0 found the same it has said so, and the launcher ends this process meanwhile
             time.sleep(_PATIENCE_SECONDS)

@@ -1,7 +1,6 @@
-"""Whether ranks are alive, agree on their weights, and compute numbers: on real ranks."""
+"""Whether ranks agree on their weights and compute numbers: on real ranks."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -11,70 +10,17 @@ from safetensors.torch import load_file
 from test_joint import Tree, tree_of, update, weights_of
 from torch import nn
 
-from trainer import health
-from trainer.collectives import sum_over
 from trainer.config import from_dict
 from trainer.distributed import World
 from trainer.health import (
     DivergedError,
-    LostRankError,
     NonFinite,
     NonFiniteError,
     require_equal_weights,
-    watched,
     weights_hash,
 )
-from trainer.loop import build_step
 from trainer.state import build_state
-
-# Silent ranks are named
-
-
-def lose_rank_1(world: World) -> str:
-    health._BEAT_SECONDS = 0.1
-    try:
-        lose_it(world)
-    except LostRankError as error:
-        return str(error)
-    return "nothing was raised"
-
-
-def lose_it(world: World) -> None:
-    with watched(world) as heart:
-        heart.at(7, "training")
-        sum_over(torch.ones(1), world.group)
-        if world.rank == 1:
-            heart.at(7, "waiting for data")
-            time.sleep(0.5)
-            heart.stop()  # as if it were stopped: neither beats nor answers
-            time.sleep(1.5)
-            raise LostRankError("this rank is the lost one")
-        heart.at(8, "training")
-        time.sleep(1.0)
-        raise RuntimeError("Timed out waiting 600000ms for recv operation to complete\nand more")
-
-
-def test_the_others_name_a_silent_rank_and_where_it_was_last_seen() -> None:
-    messages = run_on_ranks(lose_rank_1, 3)
-    for rank in (0, 2):
-        assert messages[rank].startswith("a rank is lost or hangs: ")
-        assert "rank 1 silent, last heard of at step 7, waiting for data" in messages[rank]
-        assert f"rank {2 - rank} at step 8, training" in messages[rank]
-        assert messages[rank].endswith("(Timed out waiting 600000ms for recv operation to complete)")
-
-
-def fail_alike(world: World) -> None:
-    health._BEAT_SECONDS = 0.1
-    with watched(world) as heart:
-        heart.at(3, "training")
-        time.sleep(0.5)
-        raise RuntimeError("out of memory")
-
-
-def test_an_error_while_all_ranks_are_alive_at_the_same_place_stays_what_it_is() -> None:
-    with pytest.raises(AssertionError, match="RuntimeError: out of memory"):
-        run_on_ranks(fail_alike, 2)
-
+from trainer.update import build_step
 
 # Copies of the weights
 

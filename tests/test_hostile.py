@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from trainer import tars
-from trainer.augment import decode
+from trainer.decode import decode
 from trainer.errors import UserError
 from trainer.index import ARRAYS, MAX_IMAGE_BYTES, load_index, open_index
 from trainer.shards import build_index, write_shards

@@ -27,9 +27,9 @@ from trainer.distributed import World
 from trainer.engine import build_engine, state_tensors
 from trainer.head import ClassShard, initial_rows
 from trainer.joint import JointStep, StepOutput
-from trainer.loop import build_step
 from trainer.optimizer import state_keys
 from trainer.state import TrainState, build_state
+from trainer.update import build_step
 
 NUM_RANKS = [1, 2, 3]
 BATCH = 36  # divisible by 3 ranks x 2 or 3 micro-batches

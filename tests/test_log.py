@@ -240,9 +240,10 @@ def test_rank_0_tells_all_on_stderr_and_in_the_folder(tmp_path, capsys):
 def test_other_ranks_only_warn_and_say_who_they_are(tmp_path, capsys):
     configure_logging(tmp_path / "r", rank=3)
     log_module.log.info("not shown")
+    kept = tmp_path / "r" / "log-rank-00003.txt"
+    assert not kept.exists()
     log_module.log.warning("look here")
-    assert capsys.readouterr().err == "[rank 3] look here\n"
-    assert not (tmp_path / "r").exists()
+    assert capsys.readouterr().err == kept.read_text() == "[rank 3] look here\n"
 
 
 def test_logging_configured_twice_speaks_once(capsys):

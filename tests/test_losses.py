@@ -8,6 +8,7 @@ all, D width of the embedding.
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,12 +25,13 @@ from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.evaluate import _classify
 from trainer.head import ClassShard, initial_rows
-from trainer.loop import build_step
 from trainer.losses.terms import build_term
 from trainer.options import load
 from trainer.order import fold
+from trainer.resume import resume
 from trainer.saving import Checkpoints
-from trainer.state import build_head, build_state, resume, save
+from trainer.state import build_head, build_state, save
+from trainer.update import build_step
 
 NUM_RANKS = [1, 2, 3]
 BATCH, DIM, NUM_CLASSES, SEED = 12, 5, 7, 4
@@ -413,7 +415,7 @@ def save_and_load_on_rank(world: World, folder: Path, is_first: bool) -> dict[st
     if is_first:
         images_N, labels_N = (x.chunk(world.size)[world.rank] for x in images_of(0))
         build_step(state, config, world)(images_N, labels_N, LR, 0)
-        save(state, config, checkpoints, "data")
+        save(state, config, checkpoints, SimpleNamespace(fingerprint="data", class_names=()))
     else:
         resume(state, config, checkpoints, "data")
     return head_tensors(state.head, state.head_optimizer)

@@ -18,9 +18,10 @@ from trainer.checkpoint import read_record, read_rows, read_tensors
 from trainer.config import from_dict
 from trainer.distributed import World
 from trainer.head import ClassShard
-from trainer.loop import build_checkpoints, build_step
+from trainer.loop import build_checkpoints
 from trainer.resume import resume
 from trainer.state import build_state, save
+from trainer.update import build_step
 
 DATA: Any = SimpleNamespace(fingerprint="data", class_names=[f"class {i}" for i in range(NUM_CLASSES)])
 STEPS = 2

@@ -37,6 +37,7 @@ level 3
     stream         batches from shards without an index: what it promises, and what not
     databench      what reading and decoding cost, beside webdataset and PIL
     fused          the head at its limit: no logits, no normalised copy, no dense gradient
+    preflight      before renting hours: are all hosts alike, healthy and connected?
     plan           memory, traffic and time for K classes on N GPUs, before renting them
     textbook       the class-parallel head as usually written: what the benchmark compares with
     engine         the backbone's engine, its configuration and its state [deepspeed]
@@ -82,6 +83,7 @@ level 1
     pickles        the pickles of foreign data sets, read without unpickling
     jobs           independent pieces of work in several processes
     remote         a remote file to a local one: whole and verified, or an error in bounded time
+    elastic        start a run again with the hosts that are left
 level 0
     collectives    every tensor that travels between ranks in a step, with its gradient [torch.distributed]
     decode         from the bytes of an image to its pixels
@@ -91,6 +93,7 @@ level 0
     networks       networks of the papers that timm does not have
     scale          the scale alpha of the cosine softmax: its rules
     signals        being told to stop: a scheduler's signal, or a launcher that is gone
+    heartbeat      who is still there: names the ranks that a failed run lost
     schedule       the learning rate by step
     page           the page of a report: HTML and CSS in one file, for light and dark
     address        where a data set is: a folder, or a URL shown without its credentials

@@ -4,6 +4,7 @@ Launched by ``deepspeed``, ``torchrun``, ``srun`` or plain ``python`` (one rank)
 accelerator torch knows (NCCL on NVIDIA): this is the one place that asks.
 """
 
+import dataclasses
 import os
 import resource
 from collections.abc import Iterator
@@ -17,6 +18,11 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
 
 from trainer.errors import UserError
+from trainer.heartbeat import Heartbeat
+
+
+class LostRankError(RuntimeError):
+    """Other ranks are gone, or cannot be reached; the message names them and their hosts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +35,12 @@ class World:
     local_size: int
     device: torch.device
     group: ProcessGroup
+    heart: Heartbeat | None = None
+
+    def at(self, step: int, doing: str) -> None:
+        """Tell the other ranks where this one is: step from 1, and what it is about to do. Costs nothing."""
+        if self.heart is not None:
+            self.heart.at(step, doing)
 
     @property
     def is_main(self) -> bool:
@@ -102,10 +114,32 @@ def joined_world(timeout_seconds: float) -> Iterator[World]:
         **where,
     )
     group = distributed_c10d._get_default_group()
-    yield World(
+    world = World(
         rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device, group=group
     )
+    if size == 1:
+        yield world
+    else:
+        heart = Heartbeat(distributed_c10d._get_default_store(), rank, size)
+        with _named_losses(heart):
+            yield dataclasses.replace(world, heart=heart)
     dist.destroy_process_group()
+
+
+@contextmanager
+def _named_losses(heart: Heartbeat) -> Iterator[None]:
+    """Raise LostRankError, which names the ranks that are gone, when communicating fails for that reason."""
+    try:
+        yield
+    except RuntimeError as error:
+        # What gloo and NCCL raise; a subclass of torch's own or ours has another cause.
+        is_of_communication = type(error) is RuntimeError or isinstance(error, dist.DistError)
+        if is_of_communication and (missing := heart.missing()):
+            reason = (str(error).splitlines() or [""])[0]
+            raise LostRankError(f"{missing} ({reason})") from error
+        raise
+    finally:
+        heart.leave()
 
 
 def open_meeting(num_ranks: int) -> tuple[object, list[dict[str, str]]]:
@@ -123,16 +157,6 @@ def open_meeting(num_ranks: int) -> tuple[object, list[dict[str, str]]]:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     return store, [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
-
-
-def second_store() -> dist.Store:
-    """Return a connection of its own to the store at which the ranks met, for another thread.
-
-    What is asked of it fails soon if the rank or launcher that keeps the store is gone.
-    """
-    store = distributed_c10d._get_default_store().clone()
-    store.set_timeout(timedelta(seconds=5.0))
-    return store
 
 
 def bound_all_groups(timeout_seconds: float) -> None:

@@ -1,16 +1,9 @@
-"""Whether all ranks are alive, agree on the weights, and compute numbers: and what to say when not.
-
-A collective only reports that it waited in vain. Beside it each rank tells a store, once a second, where it
-is; so the ranks that are left can name who is silent, and since which step.
-"""
+"""Whether all ranks agree on the weights and compute numbers: and what to say when not."""
 
 import json
 import logging
-import threading
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,10 +12,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from trainer.collectives import from_all
-from trainer.distributed import World, second_store
 from trainer.order import fold
 
-_BEAT_SECONDS = 1.0
 _MOST_KEPT = 20
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
@@ -33,92 +24,12 @@ class HealthError(RuntimeError):
     """What this file finds."""
 
 
-class LostRankError(HealthError):
-    """A collective failed because a rank is gone or hangs."""
-
-
 class DivergedError(HealthError):
     """The backbone's copies on the ranks are not the same; raised by every rank in the same step."""
 
 
 class NonFiniteError(HealthError):
     """The loss or a gradient is not a number; raised by every rank in the same step."""
-
-
-class Heartbeat:
-    """Tells the other ranks where this one is, and asks where they are. ``watched`` makes one."""
-
-    def __init__(self, world: World) -> None:
-        self._rank, self._size, self._store = world.rank, world.size, second_store()
-        self._where = "starting"
-        self._stopped = threading.Event()
-
-    def at(self, step: int, doing: str) -> None:
-        """Say that this rank is in ``step`` (from 1), and what it is about to do."""
-        self._where = f"step {step}, {doing}"
-
-    def beat(self) -> None:
-        """Tell the store once a second until ``stop``; a growing number shows life, whatever the clocks."""
-        count = 0
-        while not self._stopped.wait(_BEAT_SECONDS):
-            count += 1
-            try:
-                self._store.set(f"beat/{self._rank}", json.dumps([count, self._where]))
-            except RuntimeError:  # the store is gone with its rank: ``missing`` says so
-                return
-
-    def stop(self) -> None:
-        """Beat no more."""
-        self._stopped.set()
-
-    def missing(self) -> str:
-        """Return which ranks are silent and where all are; empty if all are alive at the same place.
-
-        Takes a few seconds: it looks twice.
-        """
-        try:
-            before = self._read()
-            time.sleep(3 * _BEAT_SECONDS)
-            now = self._read()
-        except RuntimeError as error:
-            return f"rank 0, which keeps the ranks' common store, is gone ({str(error).splitlines()[0]})"
-        silent = [
-            rank for rank in range(self._size) if rank != self._rank and now[rank][0] == before[rank][0]
-        ]
-        places = {rank: self._where if rank == self._rank else where for rank, (_, where) in enumerate(now)}
-        if not silent and len(set(places.values())) == 1:
-            return ""
-        parts = [
-            f"rank {rank} {'silent, last heard of at' if rank in silent else 'at'} {places[rank]}"
-            for rank in places
-        ]
-        return "; ".join(parts)
-
-    def _read(self) -> list[tuple[int, str]]:
-        names = [f"beat/{rank}" for rank in range(self._size)]
-        return [
-            tuple(json.loads(self._store.get(name))) if self._store.check([name]) else (0, "its start")
-            for name in names
-        ]
-
-
-@contextmanager
-def watched(world: World) -> Iterator[Heartbeat]:
-    """Beat while the body runs; what a collective raises in it becomes LostRankError if a rank is missing."""
-    heart = Heartbeat(world)
-    if world.size > 1:
-        threading.Thread(target=heart.beat, name="heartbeat", daemon=True).start()
-    try:
-        yield heart
-    except RuntimeError as error:
-        if world.size > 1 and not isinstance(error, HealthError):
-            missing = heart.missing()
-            if missing:
-                reason = str(error).splitlines()[0]
-                raise LostRankError(f"a rank is lost or hangs: {missing} ({reason})") from error
-        raise
-    finally:
-        heart.stop()
 
 
 def require_equal_weights(module: nn.Module, group: ProcessGroup, step: int) -> None:

@@ -166,14 +166,18 @@ class Throughput:
 
 
 def configure_logging(folder: Path | None, rank: int) -> None:
-    """Send INFO of rank 0 to stderr and folder/log.txt, warnings of others with their rank. Call once."""
+    """Send INFO of rank 0 to stderr and folder/log.txt, warnings of others with their rank. Call once.
+
+    Warnings and the last words of rank 3 are kept in folder/log-rank-00003.txt; no warning, no file.
+    """
     shape = logging.Formatter(
         "%(asctime)s %(message)s" if rank == 0 else f"[rank {rank}] %(message)s", "%H:%M:%S"
     )
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if folder is not None and rank == 0:
+    if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(folder / "log.txt"))
+        name = "log.txt" if rank == 0 else f"log-rank-{rank:05d}.txt"
+        handlers.append(logging.FileHandler(folder / name, delay=rank > 0))
     for handler in handlers:
         handler.setFormatter(shape)
     log.handlers[:] = handlers

@@ -14,7 +14,7 @@ from trainer.distributed import World, joined_world
 from trainer.errors import UserError
 from trainer.evaluate import EvalSets, SetResult, figures_of
 from trainer.feed import TrainingData, build_batches, open_training_data, require_agreement, require_same_data
-from trainer.health import require_equal_weights, watched
+from trainer.health import require_equal_weights
 from trainer.log import RunLog, Throughput, log
 from trainer.report import figures_of_head, tables_of_head, view_head, write_report
 from trainer.resume import resume
@@ -32,8 +32,7 @@ def train(config: Config) -> dict[str, float]:
     Told to stop by a signal it saves and returns ``stopped_at_step`` instead. Every rank must call it. Raises
     UserError for what the user can mend, and what ``trainer/health.py`` finds.
     """
-    timeout = config.engine.timeout_seconds
-    with StopRequest() as stop, joined_world(timeout) as world, watched(world) as heart:
+    with StopRequest() as stop, joined_world(config.engine.timeout_seconds) as world:
         data = open_training_data(config)
         config = with_derived_fields(config, data)
         require_same_data(config, data, world)
@@ -53,19 +52,19 @@ def train(config: Config) -> dict[str, float]:
             log_run.sheet(as_text(run_sheet(config, world, data, state.head, state.step)))
             throughput, results, is_stopping = Throughput(), None, False
             while state.step < log_run.total_steps and not is_stopping:
-                heart.at(state.step + 1, "waiting for data")
+                world.at(state.step + 1, "waiting for data")
                 asked = time.perf_counter()
                 batch, position = next(batches)
                 throughput.count(config.data.batch_size, waited_seconds=time.perf_counter() - asked)
                 wishes = start_max_over(wishes_of(stop, checkpoints, world), world.group)
 
-                heart.at(state.step + 1, "training")
+                world.at(state.step + 1, "training")
                 lr = learning_rate(config, state.step)
                 out = update(batch, lr)
                 state.step, state.position = state.step + 1, position
                 is_stopping, is_writing = map(bool, wishes().tolist())
 
-                heart.at(state.step, "logging, evaluating or saving")
+                world.at(state.step, "logging, evaluating or saving")
                 if log_run.is_due(state.step, config.log.every_steps):
                     log_run.add({f"train/{name}": value for name, value in out.metrics.items()})
                     log_run.add({"train/lr": lr, "train/grad_norm": out.grad_norm, **throughput.read()})
