@@ -36,8 +36,8 @@ format: setup ## put the code into its one format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: setup ## the whole test suite, on CPU
-	$(BIN)/pytest
+test: setup ## the whole test suite, on CPU, in two processes
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-cluster: setup ## training on several hosts, made of namespaces, for real; root on Linux, else skips
 	$(BIN)/pytest -rs tests/cluster/test_hosts.py

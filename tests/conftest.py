@@ -4,7 +4,9 @@ Set on import, before any test imports torch; the ranks of tests/ranks.py inheri
 """
 
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,15 @@ os.environ.update(
     # The server that forks the ranks finds `trainer` by this alone (Python 3.11 gives it no sys.path).
     PYTHONPATH=os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
 )
+
+
+@pytest.fixture(autouse=True)
+def leave_no_process_group() -> Iterator[None]:
+    """End the group of a run that failed in this process: the run leaves it alone, for others may hang."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

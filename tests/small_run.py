@@ -117,7 +117,7 @@ def save_checkpoint(config: Config, index: Index, step: int) -> Path:
     try:
         group = dist.distributed_c10d._get_default_group()
         return Checkpoints(config.run_folder / "checkpoints", 2, group).save(
-            step, record, backbone=tensors, head=rows, shard=shard
+            step, record, tensors, rows, shard, index.class_names
         )
     finally:
         dist.destroy_process_group()

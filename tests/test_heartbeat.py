@@ -59,6 +59,7 @@ def fall_silent(world: World) -> None:
         heartbeat.time.sleep(2 * heartbeat.EVERY_SECONDS)
         heartbeat.EVERY_SECONDS = 1e6
         heartbeat.time.sleep(30)
+    heartbeat.time.sleep(4 * heartbeat.EVERY_SECONDS)  # rank 2 has told where it is, and beats no more
     bound_all_groups(1.5)
     sum_over(torch.ones(1), world.group)
 

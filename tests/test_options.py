@@ -209,7 +209,7 @@ def test_types_and_defaults_read_as_a_user_writes_them():
     assert told["head.scale"] == ("float | paper | simplex | adacos", "simplex")
     assert told["augment.zoom"] == ("tuple[float, float] | None", "None")
     assert told["backbone.mean"] == ("tuple[float, ...] | None", "None")
-    assert told["eval.verification"] == ("dict[str, Path]", "{}")
+    assert told["eval.verification"] == ("dict[str, Path | Url]", "{}")
 
 
 def test_the_reference_page_is_current():

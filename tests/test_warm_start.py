@@ -19,6 +19,7 @@ from trainer.config import Config
 from trainer.decode import decode
 from trainer.distributed import World, joined_world
 from trainer.errors import UserError
+from trainer.feed import open_training_data
 from trainer.head import ClassShard, CocoHead, initial_rows
 from trainer.index import open_index
 from trainer.margins import CosineSoftmax
@@ -74,7 +75,7 @@ def start(world: World, config: Config, seed: int = 11) -> TrainState:
         sub_centroids=config.head.sub_centroids,
     )
     state = TrainState(Engine(random_backbone(config, seed)), head, torch.optim.SGD(head.parameters(), 0.1))
-    warm_start(state, config, index, world)
+    warm_start(state, config, open_training_data(config), world)
     return state
 
 

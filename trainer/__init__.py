@@ -4,50 +4,47 @@ A module imports only modules of lower levels; ``tests/test_architecture.py`` re
 it, a folder as one module. In brackets: the heavy package that only this module imports. Start reading at
 ``loop``, then ``head``.
 
-level 7
+level 9
+    noise          which training images are probably of somebody else, by sub-centroids
+level 8
     loop           a run from configuration to result: train() on one screen
     compare        finished runs side by side: one table, one picture
+level 7
+    report         what a run learned and where it errs, as one file for a browser
 level 6
     evaluate       a model on test sets: all ranks embed, all share the comparisons
-level 5
     update         what every step has around the joint step: randomness, rate, an eye on its numbers
-    report         what a run learned and where it errs, as one file for a browser
-    classes        other classes for a checkpoint: grown, dropped, merged, matched by name
-    export         a trained model for use elsewhere: timm, ONNX, torch.export, centroids, card
     warm_start     where a new run's weights come from, if not from the seed
     resume         going on from a checkpoint: which one, whether this run may, what has changed
     sheet          what a run is about to do, told before it starts
+level 5
+    classes        other classes for a checkpoint: grown, dropped, merged, matched by name
+    export         a trained model for use elsewhere: timm, ONNX, torch.export, centroids, card
     judge          a model judged by a protocol: sets are embedded, figures come out
+    state          all that changes while training: built, saved, restored
+    preflight      before renting hours: are all hosts alike, healthy and connected?
 level 4
     trained        a trained model as it lies on disk: backbone, rows, names of the classes
     bench          what every protocol works with: model, embedded sets, figures with intervals
-    state          all that changes while training: built, saved, restored
     benchmark_save what a checkpoint costs: how long training stands still, memory to load one
     benchmark      what the head costs on this machine, in time and memory
+    feed           from a configuration to training data: opened, ordered, the same on all ranks
 level 3
     packing        from a source to a finished data set: in several processes, resumable
     check          is a packed data set what its index says, to the last pixel?
-    diagnostics    near centroids, weak classes, effective rank: a head and its embeddings from inside
     class_means    the mean feature of every class in one pass: where a centroid best begins
     losses         losses of whole batches beside the class softmax, and weighted sums of them
-    feed           from a configuration to training data: opened, ordered, the same on all ranks
-    state          all that changes while training: built, saved, restored
-    benchmark      what the head costs on this machine, in time and memory
-level 3
     stream         batches from shards without an index: what it promises, and what not
     databench      what reading and decoding cost, beside webdataset and PIL
     fused          the head at its limit: no logits, no normalised copy, no dense gradient
-    preflight      before renting hours: are all hosts alike, healthy and connected?
     plan           memory, traffic and time for K classes on N GPUs, before renting them
     textbook       the class-parallel head as usually written: what the benchmark compares with
     engine         the backbone's engine, its configuration and its state [deepspeed]
     joint          one optimizer step of two parts: backbone inside the engine, head outside
-    checkpoint     a run on disk: whole or absent, read on any number of ranks
+    checkpoint     a run on disk: what it is made of, read on any number of ranks
     album          photo albums in PIPA's files: the regions of a person, cut out
     embed          embeddings of image sets: in memory, as a stream, or in files for millions
-    checkpoint     a run on disk: what it is made of, read on any number of ranks
     saving         checkpoints written by all ranks together: whole or absent, behind training if asked
-    evaluate       a model on test sets: all ranks embed, all share the comparisons
     study          one recipe, many rows and seeds: run what is missing, one table with a paired test
     pictures       losses side by side and over time, centres, the bounds of alpha [matplotlib]
     log            what a run tells: console, metrics.jsonl, log.txt and W&B [wandb]
@@ -60,12 +57,13 @@ level 2
     mixture        several packed data sets that are read as one
     cache          remote data sets: index at once, shards when first read, kept on the node
     shards         data shards: written as tars, or indexed where they are [webdataset]
-    health         are all ranks alive, their weights equal, their numbers finite; and what if not
     optimizer      the optimizer of backbone and head, its state allocated at once
     figures        pictures of an evaluation and of a run [matplotlib]
     imagesets      images to be judged, packed or in a folder, their keys and notes
     protocols      published ways to judge features, one file each, beside its definition
 level 1
+    diagnostics    near centroids, weak classes, effective rank: a head and its embeddings from inside
+    health         are weights equal and numbers finite on all ranks; and what if not
     ledger         samples that could not be used: written down, limited, skipped when known
     samplers       which sample is at which position: shuffled, balanced, weighted, mixed
     config         every option of a run: typed, checked, documented once [pydantic]
@@ -93,7 +91,7 @@ level 0
     networks       networks of the papers that timm does not have
     scale          the scale alpha of the cosine softmax: its rules
     signals        being told to stop: a scheduler's signal, or a launcher that is gone
-    heartbeat      who is still there: names the ranks that a failed run lost
+    heartbeat      who is still there, and where: names the ranks that a failed run lost
     schedule       the learning rate by step
     page           the page of a report: HTML and CSS in one file, for light and dark
     address        where a data set is: a folder, or a URL shown without its credentials
