@@ -37,7 +37,7 @@ format: setup ## put the code into its one format
 	$(BIN)/ruff format .
 
 test: setup ## the whole test suite, on CPU, in two processes
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-cluster: setup ## training on several hosts, made of namespaces, for real; root on Linux, else skips
 	$(BIN)/pytest -rs tests/cluster/test_hosts.py

@@ -4,9 +4,7 @@ Set on import, before any test imports torch; the ranks of tests/ranks.py inheri
 """
 
 import os
-import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,13 +21,22 @@ os.environ.update(
 )
 
 
-@pytest.fixture(autouse=True)
-def leave_no_process_group() -> Iterator[None]:
-    """End the group of a run that failed in this process: the run leaves it alone, for others may hang."""
-    yield
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_initialized():
-        distributed.destroy_process_group()
+# Files whose tests start whole programs: with several processes the longest work begins first.
+_LONGEST = (
+    "test_end_to_end",
+    "test_recipes",
+    "test_bad_input",
+    "test_readme",
+    "test_campaign",
+    "test_benchmark",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; the order within files stays."""
+    items.sort(
+        key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST)
+    )
 
 
 @pytest.fixture(scope="session")

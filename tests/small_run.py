@@ -113,6 +113,8 @@ def save_checkpoint(config: Config, index: Index, step: int) -> Path:
         "data_fingerprint": index.fingerprint,
         "config": to_dict(config),
     }
+    if dist.is_initialized():  # left by a run that failed in this process
+        dist.destroy_process_group()
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
         group = dist.distributed_c10d._get_default_group()

@@ -49,6 +49,7 @@ def test_demo_from_a_fresh_clone(clone: Path) -> None:
 @pytest.mark.skipif(
     not OMNIGLOT.exists(), reason=f"Omniglot is not at {OMNIGLOT} (name its zip in OMNIGLOT_ZIP)"
 )
+@pytest.mark.nightly  # more than a minute on both cores
 def test_omniglot_learns_to_tell_unseen_characters_apart(clone: Path) -> None:
     packed = run(
         clone, "python", "launch/pack.py", "omniglot", str(OMNIGLOT), "data/omniglot", "--json"
