@@ -17,12 +17,13 @@ level 6
     warm_start     where a new run's weights come from, if not from the seed
     resume         going on from a checkpoint: which one, whether this run may, what has changed
     sheet          what a run is about to do, told before it starts
-level 5
     classes        other classes for a checkpoint: grown, dropped, merged, matched by name
+level 5
     export         a trained model for use elsewhere: timm, ONNX, torch.export, centroids, card
     judge          a model judged by a protocol: sets are embedded, figures come out
     state          all that changes while training: built, saved, restored
     preflight      before renting hours: are all hosts alike, healthy and connected?
+    class_means    the mean feature of every class in one pass: where a centroid best begins
 level 4
     trained        a trained model as it lies on disk: backbone, rows, names of the classes
     bench          what every protocol works with: model, embedded sets, figures with intervals
@@ -32,7 +33,6 @@ level 4
 level 3
     packing        from a source to a finished data set: in several processes, resumable
     check          is a packed data set what its index says, to the last pixel?
-    class_means    the mean feature of every class in one pass: where a centroid best begins
     losses         losses of whole batches beside the class softmax, and weighted sums of them
     stream         batches from shards without an index: what it promises, and what not
     databench      what reading and decoding cost, beside webdataset and PIL

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.augment import build_eval_transform
-from trainer.backbone import image_size_of
 from trainer.collectives import gather_batch
 from trainer.config import Config
-from trainer.data import Samples, build_eval_loader
+from trainer.data import Samples
 from trainer.distributed import World
+from trainer.feed import build_eval_batches
 from trainer.head import ClassShard, initial_rows, own_targets
 from trainer.index import Index
 
@@ -37,15 +36,7 @@ def class_means(
     Every rank must call it; each gets its own classes, the same on any number of ranks up to the rounding
     of the backbone. A class without images has a row of zeros.
     """
-    loader = build_eval_loader(
-        index,
-        build_eval_transform(image_size=image_size_of(config.backbone)),
-        channels=config.backbone.channels,
-        batch_size=config.eval.batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        workers=config.data.workers,
-    )
+    loader = build_eval_batches(config, index, world)
     sums_CD = torch.zeros(len(shard), dim, device=world.device)
     counts_C = torch.zeros(len(shard), dtype=torch.int64, device=world.device)
     for batch in loader:

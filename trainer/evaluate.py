@@ -18,16 +18,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from trainer import figures, metrics
-from trainer.augment import build_eval_transform
 from trainer.backbone import image_size_of
 from trainer.bench import Model, OpenModel
 from trainer.cache import open_data_set
 from trainer.collectives import concatenate_over, gather_batch, sum_over
 from trainer.config import Config
-from trainer.data import Batch, EvalLoader, build_eval_loader
+from trainer.data import Batch, EvalLoader
 from trainer.distributed import World
 from trainer.embed import Embed, Reading
 from trainer.errors import UserError
+from trainer.feed import build_eval_batches
 from trainer.index import Index
 from trainer.judge import check, judge
 from trainer.metrics import Verification
@@ -82,10 +82,10 @@ class EvalSets:
             field = f"eval.classification.{name}"
             index = open_data_set(folder, field, config.data)
             known_label = _match_labels(field, index, class_names, num_classes)
-            self._sets.append(_EvalSet(name, index, _loader_of(index, config, world), known_label))
+            self._sets.append(_EvalSet(name, index, build_eval_batches(config, index, world), known_label))
         for name, folder in config.eval.verification.items():
             index = open_data_set(folder, f"eval.verification.{name}", config.data)
-            self._sets.append(_EvalSet(name, index, _loader_of(index, config, world), None))
+            self._sets.append(_EvalSet(name, index, build_eval_batches(config, index, world), None))
 
     def evaluate(self, embed: Embed, head: Any) -> Iterator[SetResult]:
         """Yield the result of every set. Every rank must go through all of them."""
@@ -138,18 +138,6 @@ def figures_of(results: Iterable[SetResult], title: str) -> Iterator[tuple[str, 
             curves[result.name] = result.verification
     if curves:
         yield "roc", figures.roc(curves)
-
-
-def _loader_of(index: Index, config: Config, world: World) -> EvalLoader:
-    return build_eval_loader(
-        index,
-        build_eval_transform(image_size=image_size_of(config.backbone)),
-        channels=config.backbone.channels,
-        batch_size=config.eval.batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        workers=config.data.workers,
-    )
 
 
 def _match_labels(field: str, index: Index, class_names: Sequence[str], num_classes: int) -> Tensor:

@@ -13,12 +13,12 @@ import torch
 from torch.distributed import ProcessGroup
 
 from trainer.address import location
-from trainer.augment import Transform, build_train_transform
+from trainer.augment import Transform, build_eval_transform, build_train_transform
 from trainer.backbone import image_size_of
 from trainer.cache import open_data_set
 from trainer.collectives import concatenate_over
 from trainer.config import Config, to_dict
-from trainer.data import Batch, build_train_loader
+from trainer.data import Batch, EvalLoader, Samples, build_eval_loader, build_train_loader
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.index import Index
@@ -171,6 +171,19 @@ def build_transform(config: Config) -> Transform:
         rand_augment=augment.rand_augment,
         low_resolution_probability=augment.low_resolution,
         occlusion_probability=augment.occlusion,
+    )
+
+
+def build_eval_batches(config: Config, index: Samples, world: World) -> EvalLoader:
+    """Build one pass over a data set in its order, without augmentation: this rank's share."""
+    return build_eval_loader(
+        index,
+        build_eval_transform(image_size=image_size_of(config.backbone)),
+        channels=config.backbone.channels,
+        batch_size=config.eval.batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        workers=config.data.workers,
     )
 
 

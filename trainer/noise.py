@@ -17,14 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.augment import build_eval_transform
-from trainer.backbone import image_size_of
 from trainer.cache import open_data_set
 from trainer.collectives import gather_batch, sum_over
 from trainer.compare import load_model
-from trainer.data import build_eval_loader
 from trainer.distributed import joined_world
 from trainer.errors import UserError
+from trainer.feed import build_eval_batches
 from trainer.head import DenseHead, own_targets
 from trainer.index import Index
 from trainer.options import load
@@ -55,15 +53,7 @@ def find_noise(run: Path, degrees: float, overrides: Sequence[str] = ()) -> tupl
     with joined_world(config.engine.timeout_seconds) as world:
         index = open_data_set(config.data.train, "data.train", config.data)
         backbone, head = load_model(run, config, world)
-        loader = build_eval_loader(
-            index,
-            build_eval_transform(image_size=image_size_of(config.backbone)),
-            channels=config.backbone.channels,
-            batch_size=config.eval.batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            workers=config.data.workers,
-        )
+        loader = build_eval_batches(config, index, world)
         cosines, labels = [], []
         with torch.no_grad():
             for batch in loader:
