@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--state-dtype", choices=("float32", "bfloat16"), default="float32", help="head.state_dtype")
     add("--optimizer", choices=("sgd", "adamw", "row_adagrad"), default="sgd", help="of the rows")
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="engine.dtype")
-    add("--cache-mib", type=int, default=52, metavar="M", help="head.cache_mib (default: 52)")
+    add("--cache-mib", type=int, metavar="M", help="head.cache_mib (default: the head's own choice)")
     add("--accumulation-steps", type=int, default=1, metavar="A", help="micro-batches (default: 1)")
     add("--profile", type=Path, metavar="FILE", help="lines of `launch/benchmark.py head` on such a machine")
     add("--json", action="store_true", help="one JSON object instead of tables")

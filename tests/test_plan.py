@@ -284,7 +284,7 @@ TRUE = HeadSpeed(
 
 def profile_line(classes: int, dim: int, batch: int, **changes: Any) -> dict[str, Any]:
     """Return what the benchmark would print on a machine of the speed ``TRUE``."""
-    work = replace(SMALL, classes=classes, dim=dim, batch=batch, ranks=1, cache_bytes=52 << 20)
+    work = replace(SMALL, classes=classes, dim=dim, batch=batch, ranks=1, cache_bytes=None)
     parts = work.memory()
     state = parts["rows"] + parts["row_optimizer_state"]
     return {

@@ -5,6 +5,7 @@ random draws from the generators of the process, which ``seed_generators`` sets 
 C channels, H height, W width.
 """
 
+import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -98,10 +99,15 @@ class _Square:
 
     def __init__(self, image_size: int) -> None:
         self.shape = (image_size, image_size)
-        self.stages = v2.Compose([v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)])
 
     def __call__(self, pixels_CHW: Tensor) -> Tensor:
-        return pixels_CHW if pixels_CHW.shape[1:] == self.shape else self.stages(pixels_CHW)
+        if pixels_CHW.shape[1:] == self.shape:
+            return pixels_CHW
+        # Functions: v2.Compose of v2.Resize and v2.CenterCrop takes 40 us more an image.
+        pixels_CHW = v2.functional.resize(pixels_CHW, [self.shape[0]], antialias=True)
+        if pixels_CHW.shape[1:] == self.shape:
+            return pixels_CHW
+        return v2.functional.center_crop(pixels_CHW, list(self.shape))
 
 
 class _RandomFlip:
@@ -132,10 +138,19 @@ class _RandomAffine:
         cos, sin = math.cos(turn * self.angle) / scale, math.sin(turn * self.angle) / scale
         # Where each output pixel is in the input; both images span -1 to 1.
         x, y = 2 * right * self.shift, 2 * down * self.shift
-        inverse = torch.tensor([[[cos, sin, -cos * x - sin * y], [-sin, cos, sin * x - cos * y]]])
-        grid_1HW2 = F.affine_grid(inverse, [1, *pixels_CHW.shape], align_corners=False)
+        inverse_32 = torch.tensor([[cos, -sin], [sin, cos], [-cos * x - sin * y, sin * x - cos * y]])
+        grid_1HW2 = (_homogeneous_grid(*pixels_CHW.shape[1:]) @ inverse_32)[None]
         moved = F.grid_sample(pixels_CHW[None].float(), grid_1HW2, padding_mode="border", align_corners=False)
         return moved[0].round_().clamp_(0, 255).to(torch.uint8)
+
+
+@functools.cache
+def _homogeneous_grid(height: int, width: int) -> Tensor:
+    """Return H x W x 3: x, y and 1 of every pixel. ``F.affine_grid`` would make it anew for each image."""
+    x_W = (2 * torch.arange(width) + 1) / width - 1
+    y_H = (2 * torch.arange(height) + 1) / height - 1
+    y_HW, x_HW = torch.meshgrid(y_H, x_W, indexing="ij")
+    return torch.stack([x_HW, y_HW, torch.ones_like(x_HW)], dim=-1)
 
 
 class _RandomLowResolution:

@@ -93,10 +93,17 @@ def _build(case: HeadCase, shard: ClassShard, world: World) -> tuple[CocoHead, S
     loss = CosineSoftmax(scale_of("paper", case.classes))
     dtype = TYPES[case.dtype]
     if case.update == "fused":
-        kept: dict[str, Any] = {} if case.cache_mib is None else {"cache_bytes": case.cache_mib << 20}
+        kept = None if case.cache_mib is None else case.cache_mib << 20
         types: dict[str, Any] = {"row_type": dtype, "product_type": dtype}
         head: CocoHead = FusedCocoHead(
-            shard, case.dim, loss=loss, seed=0, group=world.group, tile_rows=case.tile_rows, **types, **kept
+            shard,
+            case.dim,
+            loss=loss,
+            seed=0,
+            group=world.group,
+            tile_rows=case.tile_rows,
+            cache_bytes=kept,
+            **types,
         )
     else:
         head = CocoHead(shard, case.dim, loss=loss, seed=0, group=world.group)

@@ -362,8 +362,9 @@ class HeadConfig:
     """Matrix products of the fused head. `auto`: bfloat16 with `state_dtype: bfloat16` or a backbone that
     computes in it, else float32. Sums and the loss are float32 and float64 always."""
 
-    cache_mib: Annotated[int, Field(ge=0, strict=True)] = 52
-    """Memory per rank in which the fused head keeps exponentials, to save computing them again."""
+    cache_mib: Annotated[int, Field(ge=0, strict=True)] | None = None
+    """Memory per rank in which the fused head keeps exponentials, to save computing them again. None keeps
+    what a step may hold beside its rows below 128 MiB: 80 MiB for 256 images of all ranks in float32."""
 
     lr_multiplier: Positive = 1.0
     """Learning rate of the head relative to `optim.lr`."""

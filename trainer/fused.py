@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 from trainer.collectives import start_max_over, sum_over
 from trainer.head import ClassShard, CocoHead, HeadOutput
 from trainer.margins import CosineSoftmax
-from trainer.passes import PassBatch, Slopes, Sums, Workspace, drawn_classes
+from trainer.passes import PassBatch, Slopes, Sums, Workspace, drawn_classes, usual_cache_bytes
 from trainer.rows import RowUpdate
 
 _LOG2_E = math.log2(math.e)  # exp2 is 2.5 times as fast as exp on a CPU, and as exact
@@ -61,7 +61,7 @@ class FusedCocoHead(CocoHead):
         row_type: torch.dtype = torch.float32,
         product_type: torch.dtype = torch.float32,
         tile_rows: int | None = None,
-        cache_bytes: int = 52 << 20,
+        cache_bytes: int | None = None,
         sub_centroids: int = 1,
         label_smoothing: float = 0.0,
         sample_rate: float = 1.0,
@@ -452,7 +452,10 @@ class FusedCocoHead(CocoHead):
     def _num_kept(self, batch: int) -> int:
         """Return how many tiles' exponentials are kept for the second pass: none but of the first batch."""
         tile_bytes = (self.rows_of_tile(batch) + 1) * batch * self.product_type.itemsize
-        return 0 if self._is_kept else self.cache_bytes // tile_bytes
+        kept_bytes = self.cache_bytes
+        if kept_bytes is None:
+            kept_bytes = usual_cache_bytes(batch, self.product_type.itemsize)
+        return 0 if self._is_kept else kept_bytes // tile_bytes
 
     def _add_product(self, sum_: Tensor, left: Tensor, right: Tensor, buffer: Tensor) -> None:
         """Add a product to a float32 sum; ``buffer`` has its size and the type of the products."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from trainer.errors import UserError
 from trainer.machines import GPUS, SHARE_OF_MEMORY, SHARE_OF_TFLOPS
+from trainer.passes import usual_cache_bytes
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MOMENTS = {"sgd": 1, "adamw": 2, "row_adagrad": 0}
@@ -36,7 +37,8 @@ class HeadWork:
     product_dtype: str
     optimizer: str
     on_cpu: bool
-    cache_bytes: int = 52 << 20
+    cache_bytes: int | None = None
+    """Of exponentials that are kept; None is what the head chooses by itself."""
 
     @property
     def rows(self) -> int:
@@ -53,7 +55,10 @@ class HeadWork:
     def kept_tiles(self) -> int:
         """Tiles whose exponentials wait for the second pass."""
         tile_bytes = (self.tile_rows + 1) * self.batch * BYTES[self.product_dtype]
-        return min(self.cache_bytes // tile_bytes, -(-self.rows // self.tile_rows))
+        kept_bytes = self.cache_bytes
+        if kept_bytes is None:
+            kept_bytes = usual_cache_bytes(self.batch, BYTES[self.product_dtype])
+        return min(kept_bytes // tile_bytes, -(-self.rows // self.tile_rows))
 
     def memory(self) -> dict[str, int]:
         """Return bytes by part. Exact but for the temporaries in "gathered features"."""

@@ -123,7 +123,7 @@ class Job:
     """Of the rows. The backbone has the same, or SGD beside row_adagrad."""
     dtype: str = "auto"
     """Of the backbone; ``auto`` is bfloat16 where the device has it, else float32, as in training."""
-    cache_mib: int = 52
+    cache_mib: int | None = None
     accumulation_steps: int = 1
     profile: Profile | None = field(default=None, repr=False)
 
@@ -131,7 +131,7 @@ class Job:
         for name in ("classes", "dim", "batch", "nodes", "gpus_per_node", "accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')}: {getattr(self, name)} is not above 0")
-        if self.cache_mib < 0:
+        if self.cache_mib is not None and self.cache_mib < 0:
             raise UserError(f"--cache-mib: {self.cache_mib} is below 0")
         check_gpu(self.gpu)
         if self.dtype != "auto" and self.dtype not in GPUS[self.gpu].tflops:
@@ -186,7 +186,7 @@ class Job:
         return HeadWork(
             classes=self.classes, dim=self.dim, batch=self.batch // self.accumulation_steps, ranks=self.ranks,
             state_dtype=self.state_dtype, product_dtype=self.product_dtype, optimizer=self.optimizer,
-            on_cpu=self.gpu == "cpu", cache_bytes=self.cache_mib << 20,
+            on_cpu=self.gpu == "cpu", cache_bytes=None if self.cache_mib is None else self.cache_mib << 20,
         )  # fmt: skip
 
 

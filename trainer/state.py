@@ -101,7 +101,7 @@ def _build_cosine_head(name: str, config: Config, world: World, shard: ClassShar
         sample_rate=config.head.sample_rate,
         row_type=row_type,
         product_type=product_type,
-        cache_bytes=config.head.cache_mib << 20,
+        cache_bytes=None if config.head.cache_mib is None else config.head.cache_mib << 20,
     )
 
 
