@@ -3,8 +3,10 @@
 import fcntl
 import json
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,6 +167,52 @@ def test_a_save_behind_training_is_complete_when_finished_and_never_two_at_once(
     run_on_ranks(save_behind, 2, tmp_path)
     for step in (1, 2):
         assert_holds(tmp_path / f"step-0000000{step}", step)
+
+
+def copy_twice(world: World, folder: Path) -> bool:
+    checkpoints = Checkpoints(folder, 5, world.group)
+    places = []
+    for step in (1, 2):
+        shard, rows = state_of(step, world.rank, world.size)
+        copies = checkpoints.copied(Contents(step, {}, backbone_of(step), rows, shard))
+        assert copies.backbone.keys() == ({"parameter.w"} if world.rank == 0 else set())
+        rows["parameter.rows"].zero_()
+        assert torch.equal(
+            copies.head["parameter.rows"], state_of(step, world.rank, world.size)[1]["parameter.rows"]
+        )
+        places.append(copies.head["parameter.rows"].data_ptr())
+    return places[0] == places[1]
+
+
+def test_the_memory_of_the_copy_is_taken_once(tmp_path: Path) -> None:
+    assert run_on_ranks(copy_twice, 2, tmp_path) == [True, True]
+
+
+def complete_behind(world: World, folder: Path) -> list[str]:
+    checkpoints = Checkpoints(folder, 1, world.group)
+    save(checkpoints, 1, world)
+    may_remove, plain = threading.Event(), saving.shutil.rmtree
+
+    def remove(*arguments: Any, **more: Any) -> None:
+        assert may_remove.wait(30)
+        plain(*arguments, **more)
+
+    saving.shutil.rmtree = remove
+    shard, rows = state_of(2, world.rank, world.size)
+    checkpoints.start(Contents(2, {}, backbone_of(2), rows, shard))
+    assert checkpoints.proceed() is None  # all have written: the rest is the work of rank 0's thread
+    assert checkpoints.is_writing or world.rank > 0
+    while not (folder / "step-00000002").exists():
+        time.sleep(0.01)
+    rows["parameter.rows"].zero_()
+    may_remove.set()
+    assert checkpoints.finish() == folder / "step-00000002"
+    return names_in(folder)
+
+
+def test_old_checkpoints_are_removed_behind_training_too(tmp_path: Path) -> None:
+    assert run_on_ranks(complete_behind, 2, tmp_path) == [["step-00000002"]] * 2
+    assert_holds(tmp_path / "step-00000002", 2)
 
 
 # What is kept

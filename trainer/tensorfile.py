@@ -1,7 +1,7 @@
 """A safetensors file written as a stream: hashed on its way, a few MB at a time.
 
-``safetensors.save_file`` would leave the hash to a second reading, and would need the whole state of an
-accelerator on the host first. The format is a line of JSON and the bytes of the tensors; the library reads it.
+``safetensors.save_file`` would leave the hash to a second reading, and would need all of an accelerator's
+state on the host first. The format is a line of JSON and the bytes of the tensors; the library reads it.
 """
 
 import hashlib
@@ -56,4 +56,6 @@ def _bytes_of(tensor: Tensor) -> Iterator[memoryview]:
     rows = tensor.detach().reshape(1) if tensor.ndim == 0 else tensor.detach()
     row_bytes = max(1, rows[:1].nbytes)
     for part in rows.split(max(1, _CHUNK_BYTES // row_bytes)):
-        yield memoryview(part.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        ready = part.cpu().contiguous()
+        # A single element may keep any stride, which no view as bytes allows.
+        yield memoryview(ready.as_strided((ready.numel(),), (1,)).view(torch.uint8).numpy())
