@@ -16,7 +16,7 @@ from trainer.config import Config, from_dict, to_dict
 from trainer.head import ClassShard, initial_rows
 from trainer.index import Index, open_index
 from trainer.options import dump
-from trainer.saving import Checkpoints
+from trainer.saving import Checkpoints, Contents
 from trainer.shards import write_shards
 from trainer.sources import image_folder, shuffled
 
@@ -119,7 +119,7 @@ def save_checkpoint(config: Config, index: Index, step: int) -> Path:
     try:
         group = dist.distributed_c10d._get_default_group()
         return Checkpoints(config.run_folder / "checkpoints", 2, group).save(
-            step, record, tensors, rows, shard, index.class_names
+            Contents(step, record, tensors, rows, shard, index.class_names)
         )
     finally:
         dist.destroy_process_group()

@@ -620,3 +620,34 @@ def test_nothing_of_the_size_of_logits_or_of_a_gradient_is_allocated() -> None:
     (fused,), (autograd,) = (run_on_ranks(growth_on_a_rank, 1, update) for update in ("fused", "autograd"))
     assert fused < 40e6
     assert autograd > 200e6  # so it is measured
+
+
+def weigh_on_a_rank(world: World, factors: tuple[float, ...]) -> dict[str, dict[str, Tensor]]:
+    results = {}
+    for update in ("fused", "autograd"):
+        head = head_of(Run(update=update, cache_bytes=SOME_TILES), world)
+        optimizer = SGD([head.centroids_CD], lr=0.3)
+        gradients = []
+        for step, factor in enumerate(factors):
+            embeddings_ND, labels_N = (x.chunk(world.size)[world.rank].clone() for x in batch_of(step))
+            (factor * head(embeddings_ND.requires_grad_(), labels_N).loss).backward()
+            gradients.append(embeddings_ND.grad)
+        norm = head.update(optimizer, divisor=1.0, step=0).sqrt()
+        rows = head.centroids_CD.detach().clone()
+        results[update] = {"rows": rows, "embeddings": torch.cat(gradients), "norm": norm}
+    return results
+
+
+@pytest.mark.parametrize("num_ranks", NUM_RANKS[:2])
+@pytest.mark.parametrize("factors", [(0.0,), (0.0, 1.0), (1.0, 0.0, -0.5)], ids=str)
+def test_a_loss_that_is_multiplied_by_nothing_moves_nothing(
+    num_ranks: int, factors: tuple[float, ...]
+) -> None:
+    results = run_on_ranks(weigh_on_a_rank, num_ranks, factors)
+    for result in results:
+        for key, expected in result["autograd"].items():
+            torch.testing.assert_close(
+                result["fused"][key], expected, rtol=1e-5, atol=1e-6, check_dtype=False
+            )
+    if not any(factors):
+        assert torch.equal(torch.cat([result["fused"]["rows"] for result in results]), start_rows())

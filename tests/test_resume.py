@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.head import ClassShard
 from trainer.manifest import MANIFEST, verify
 from trainer.resume import check_same_training, choose, keep_curve
-from trainer.saving import Checkpoints
+from trainer.saving import Checkpoints, Contents
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,8 @@ def checkpoints_of(folder: Path, group: ProcessGroup, *steps: int, **record: Any
     checkpoints = Checkpoints(folder / "run" / "checkpoints", 9, group)
     for step in steps:
         rows = {"parameter.rows": torch.full((4, 2), float(step))}
-        checkpoints.save(step, record, {"parameter.w": torch.ones(3)}, rows, ClassShard.of_rank(4, 0, 1))
+        contents = Contents(step, record, {"parameter.w": torch.ones(3)}, rows, ClassShard.of_rank(4, 0, 1))
+        checkpoints.save(contents)
     return checkpoints
 
 

@@ -3,8 +3,10 @@
 import fcntl
 import json
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,14 +18,15 @@ from trainer.checkpoint import complete_checkpoints, read_rows, read_tensors, ve
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.head import ClassShard
-from trainer.saving import Checkpoints
+from trainer.manifest import Entry
+from trainer.saving import Checkpoints, Contents
 
 NUM_CLASSES = 11
 
 
 def save(checkpoints: Checkpoints, step: int, world: World, **record: object) -> Path:
     shard, tensors = state_of(step, world.rank, world.size)
-    return checkpoints.save(step, record, backbone_of(step), tensors, shard, ["a", "b"])
+    return checkpoints.save(Contents(step, record, backbone_of(step), tensors, shard, ["a", "b"]))
 
 
 def state_of(step: int, rank: int, size: int) -> tuple[ClassShard, dict[str, Tensor]]:
@@ -63,16 +66,16 @@ def assert_holds(path: Path, step: int) -> None:
 def fail_on_rank_1(world: World, folder: Path) -> str:
     checkpoints = Checkpoints(folder, 1, world.group)
     save(checkpoints, 1, world)
-    plain = saving._write_tensors
+    plain = saving.write_tensors
     if world.rank == 1:
 
         def write(path: Path, *_: object) -> None:
             path.write_bytes(b"half")
             raise PermissionError(13, "Permission denied", str(path))
 
-        saving._write_tensors = write
+        saving.write_tensors = write
     message = failure_of(lambda: save(checkpoints, 2, world))
-    saving._write_tensors = plain
+    saving.write_tensors = plain
     assert checkpoints.newest() == folder / "step-00000001"
     save(checkpoints, 3, world)
     return message
@@ -140,20 +143,20 @@ def test_what_broken_saves_left_is_removed_aloud_and_what_they_were_to_replace_r
 
 def save_behind(world: World, folder: Path) -> None:
     checkpoints = Checkpoints(folder, 5, world.group)
-    may_write, plain = threading.Event(), saving._write_tensors
+    may_write, plain = threading.Event(), saving.write_tensors
 
-    def write(*arguments: object) -> None:
+    def write(*arguments: object) -> Entry:
         assert may_write.wait(30)
-        plain(*arguments)  # type: ignore[arg-type]
+        return plain(*arguments)  # type: ignore[arg-type]
 
-    saving._write_tensors = write
+    saving.write_tensors = write
     shard, rows = state_of(1, world.rank, world.size)
-    checkpoints.start(1, {}, backbone_of(1), rows, shard)
+    checkpoints.start(Contents(1, {}, backbone_of(1), rows, shard))
     assert checkpoints.is_writing
     assert checkpoints.newest() is None
     may_write.set()
     shard, rows = state_of(2, world.rank, world.size)
-    checkpoints.start(2, {}, backbone_of(2), rows, shard)  # the first is finished before
+    checkpoints.start(Contents(2, {}, backbone_of(2), rows, shard))  # the first is finished before
     assert checkpoints.all() == [folder / "step-00000001"]
     assert checkpoints.finish() == folder / "step-00000002"
     assert checkpoints.finish() is None
@@ -164,6 +167,52 @@ def test_a_save_behind_training_is_complete_when_finished_and_never_two_at_once(
     run_on_ranks(save_behind, 2, tmp_path)
     for step in (1, 2):
         assert_holds(tmp_path / f"step-0000000{step}", step)
+
+
+def copy_twice(world: World, folder: Path) -> bool:
+    checkpoints = Checkpoints(folder, 5, world.group)
+    places = []
+    for step in (1, 2):
+        shard, rows = state_of(step, world.rank, world.size)
+        copies = checkpoints.copied(Contents(step, {}, backbone_of(step), rows, shard))
+        assert copies.backbone.keys() == ({"parameter.w"} if world.rank == 0 else set())
+        rows["parameter.rows"].zero_()
+        assert torch.equal(
+            copies.head["parameter.rows"], state_of(step, world.rank, world.size)[1]["parameter.rows"]
+        )
+        places.append(copies.head["parameter.rows"].data_ptr())
+    return places[0] == places[1]
+
+
+def test_the_memory_of_the_copy_is_taken_once(tmp_path: Path) -> None:
+    assert run_on_ranks(copy_twice, 2, tmp_path) == [True, True]
+
+
+def complete_behind(world: World, folder: Path) -> list[str]:
+    checkpoints = Checkpoints(folder, 1, world.group)
+    save(checkpoints, 1, world)
+    may_remove, plain = threading.Event(), saving.shutil.rmtree
+
+    def remove(*arguments: Any, **more: Any) -> None:
+        assert may_remove.wait(30)
+        plain(*arguments, **more)
+
+    saving.shutil.rmtree = remove
+    shard, rows = state_of(2, world.rank, world.size)
+    checkpoints.start(Contents(2, {}, backbone_of(2), rows, shard))
+    assert checkpoints.proceed() is None  # all have written: the rest is the work of rank 0's thread
+    assert checkpoints.is_writing or world.rank > 0
+    while not (folder / "step-00000002").exists():
+        time.sleep(0.01)
+    rows["parameter.rows"].zero_()
+    may_remove.set()
+    assert checkpoints.finish() == folder / "step-00000002"
+    return names_in(folder)
+
+
+def test_old_checkpoints_are_removed_behind_training_too(tmp_path: Path) -> None:
+    assert run_on_ranks(complete_behind, 2, tmp_path) == [["step-00000002"]] * 2
+    assert_holds(tmp_path / "step-00000002", 2)
 
 
 # What is kept
@@ -306,7 +355,7 @@ def go_on_while_saving(world: World, folder: Path) -> None:
     checkpoints = Checkpoints(folder, 5, world.group)
     for step in (1, 2):
         shard, rows = state_of(step, world.rank, world.size)
-        checkpoints.start(step, {}, backbone_of(step), rows, shard)
+        checkpoints.start(Contents(step, {}, backbone_of(step), rows, shard))
         rows["parameter.rows"].zero_()  # training goes on
     checkpoints.finish()
 

@@ -49,6 +49,7 @@ level 3
     pictures       losses side by side and over time, centres, the bounds of alpha [matplotlib]
     log            what a run tells: console, metrics.jsonl, log.txt and W&B [wandb]
 level 2
+    tensorfile     a safetensors file written as a stream, hashed on its way
     sources        where images come from before they are packed: one file per family of data sets
     head           the class-parallel head: exact softmax over rows cut over the ranks
     options        YAML and command line to Config and back; help and reference page [yaml]

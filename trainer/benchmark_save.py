@@ -20,7 +20,7 @@ from trainer.collectives import max_over, sum_over, wait_for_all
 from trainer.distributed import World, require_memory
 from trainer.head import ClassShard
 from trainer.optimizer import allocate_state
-from trainer.saving import Checkpoints
+from trainer.saving import Checkpoints, Contents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,23 +46,18 @@ def measure_saving(case: SaveCase, world: World) -> dict[str, Any]:
     require_memory(state_bytes * 2, world, f"--classes {case.classes}")  # the state and its copy
     head, optimizer = _state(shard, case.dim)
     checkpoints = Checkpoints(case.folder, 1, world.group)
+    tensors = head_tensors(head, optimizer)
+    checkpoints.copied(Contents(0, {}, {}, tensors, shard))  # as a run does before training
     seconds: dict[str, list[float]] = {"blocking": [], "pause": [], "behind": []}
     for step in range(0, 2 * case.rounds, 2):
         wait_for_all(world.group)
         start = time.perf_counter()
-        checkpoints.save(step, {}, {}, head_tensors(head, optimizer), shard)
+        checkpoints.save(Contents(step, {}, {}, tensors, shard))
         seconds["blocking"].append(_slowest(time.perf_counter() - start, world))
-        start = time.perf_counter()
-        checkpoints.start(step + 1, {}, {}, head_tensors(head, optimizer), shard)
-        paused = time.perf_counter() - start
-        while _slowest(float(checkpoints.is_writing), world):  # as training asks, once a step
-            time.sleep(0.01)
-        seconds["behind"].append(_slowest(time.perf_counter() - start, world))
-        start = time.perf_counter()
-        path = checkpoints.finish()
-        seconds["pause"].append(_slowest(paused + time.perf_counter() - start, world))
-    del head, optimizer
-    assert path is not None
+        paused, behind, path = _save_behind(checkpoints, Contents(step + 1, {}, {}, tensors, shard), world)
+        seconds["pause"].append(_slowest(paused, world))
+        seconds["behind"].append(_slowest(behind, world))
+    del head, optimizer, tensors
     loading = _loading(path, shard, case.dim, state_bytes)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     return {
@@ -78,6 +73,20 @@ def measure_saving(case: SaveCase, world: World) -> dict[str, Any]:
         "async_copy_bytes_per_rank": int(_slowest(float(state_bytes), world)),
         **{name: _slowest(value, world) for name, value in loading.items()},
     }
+
+
+def _save_behind(checkpoints: Checkpoints, contents: Contents, world: World) -> tuple[float, float, Path]:
+    """Save as a run does; return the seconds that training waits, those until it is complete, and where."""
+    start = time.perf_counter()
+    checkpoints.start(contents)
+    paused, path = time.perf_counter() - start, None
+    while path is None:
+        while _slowest(float(checkpoints.is_writing), world):  # as training asks, once a step
+            time.sleep(0.01)
+        asked = time.perf_counter()
+        path = checkpoints.proceed()
+        paused += time.perf_counter() - asked
+    return paused, time.perf_counter() - start, path
 
 
 def _state(shard: ClassShard, dim: int) -> tuple[nn.Module, SGD]:

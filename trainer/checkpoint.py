@@ -91,8 +91,8 @@ def stream_rows(path: Path, shard: ClassShard) -> Iterator[tuple[str, int, Tenso
 
 
 def head_tensors(head: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return this rank's rows and their optimizer state; the first dimension of each is the class."""
-    return {name: tensor.detach().cpu() for name, tensor in _places(head, optimizer).items()}
+    """Return this rank's rows and their optimizer state, themselves; the first dimension is the class."""
+    return {name: tensor.detach() for name, tensor in _places(head, optimizer).items()}
 
 
 @torch.no_grad()

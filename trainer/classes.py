@@ -30,7 +30,7 @@ from trainer.head import ClassShard, initial_rows
 from trainer.index import Index, open_index
 from trainer.log import CLASSES
 from trainer.options import dump
-from trainer.saving import Checkpoints
+from trainer.saving import Checkpoints, Contents
 from trainer.trained import Trained, open_trained, rows_name
 
 COMMANDS = ("grow", "drop", "merge", "remap")
@@ -145,7 +145,7 @@ def write_changed(
         "config": to_dict(config),
     }
     out = config.run_folder
-    written = Checkpoints(out / "checkpoints", config.checkpoint.keep_last, world.group).save(
+    contents = Contents(
         trained.record["step"],
         record,
         backbone=read_tensors(trained.path / "backbone.safetensors") if world.is_main else {},
@@ -153,6 +153,7 @@ def write_changed(
         shard=shard.times(config.head.sub_centroids),
         class_names=index.class_names,
     )
+    written = Checkpoints(out / "checkpoints", config.checkpoint.keep_last, world.group).save(contents)
     if world.is_main:
         (out / "config.yaml").write_text(dump(config))
         (out / CLASSES).write_text(json.dumps(list(index.class_names)) + "\n")

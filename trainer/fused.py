@@ -21,6 +21,7 @@ Legend: N images of this rank, B of all, C classes of this rank, K of all, D wid
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -288,7 +289,10 @@ class FusedCocoHead(CocoHead):
         if not self._waiting:
             raise RuntimeError("no batch has gone forward and backward since the last step")
         prepared = [(batch, *self._factors(batch, slopes)) for batch, slopes in self._waiting]
-        common_D = sum((slopes.common * batch.features_BD.sum(0)).float() for batch, slopes in self._waiting)
+        common_D = sum(
+            (slopes.common * slopes.factor * batch.features_BD.sum(0)).float()
+            for batch, slopes in self._waiting
+        )
         first = self._waiting[0][0]  # all micro-batches have its size
         work = self._workspace(len(first.features_BD))
         for number, (low, high) in enumerate(self.tiles(len(first.features_BD), first.sampled)):
@@ -319,7 +323,8 @@ class FusedCocoHead(CocoHead):
 
     def _factors(self, batch: PassBatch, slopes: Slopes) -> tuple[Tensor, Tensor]:
         """Return what turns exponentials into a gradient by one product, and the entries of the targets."""
-        weighted_BD = (batch.features_BD * slopes.weight_B[:, None].float()).to(self.product_type)
+        weight_B = slopes.weight_B * slopes.factor  # which divides nothing: it may be 0
+        weighted_BD = (batch.features_BD * weight_B[:, None].float()).to(self.product_type)
         return weighted_BD, (slopes.slope_B / slopes.weight_B).to(self.product_type)
 
     @torch.no_grad()
@@ -335,7 +340,7 @@ class FusedCocoHead(CocoHead):
                 return math.inf
             alike_BB = (batch.features_BD @ batch.features_BD.T).abs_().double()
             squared = slopes.norm_B @ alike_BB @ slopes.norm_B
-            total += float(slopes.longest_inverse * squared.sqrt())
+            total += float(slopes.longest_inverse * squared.sqrt() * abs(slopes.factor))
         return _BOUND_ROUNDING * total
 
     @torch.no_grad()
@@ -508,7 +513,7 @@ class _TwoPasses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         gradient_BD, slope_of_length_B = ctx.saved_tensors
-        ctx.head.wait_for_update(ctx.batch, ctx.slopes.times(grad))
+        ctx.head.wait_for_update(ctx.batch, replace(ctx.slopes, factor=grad))
         return gradient_BD * grad, slope_of_length_B * grad, None, None
 
 

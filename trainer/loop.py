@@ -21,7 +21,7 @@ from trainer.resume import resume
 from trainer.saving import Checkpoints
 from trainer.sheet import as_text, run_sheet
 from trainer.signals import StopRequest
-from trainer.state import TrainState, build_state, save, share_statistics
+from trainer.state import TrainState, build_state, contents_of, save, share_statistics
 from trainer.update import build_update, learning_rate
 from trainer.warm_start import warm_start
 
@@ -43,6 +43,10 @@ def train(config: Config) -> dict[str, float]:
         require_agreement({"checkpoint.resume: the step": str(state.step)}, world.group, world.device)
         if state.step == 0:
             warm_start(state, config, data, world)
+        if config.checkpoint.asynchronous:
+            checkpoints.copied(
+                contents_of(state, config, data, {})
+            )  # its memory: now rather than in training
         test_sets = EvalSets(config, world, data.class_names, state.head.shard.num_classes)
         update = build_update(state, config, data, world)
         batches = build_batches(config, data, world, state.position)
@@ -83,7 +87,7 @@ def train(config: Config) -> dict[str, float]:
                 log_run.write(state.step)
                 check_weights(state, config)
                 if not is_writing:
-                    checkpoints.finish()
+                    checkpoints.proceed()
                 if log_run.is_due(state.step, config.checkpoint.every_steps) or is_stopping:
                     save(state, config, checkpoints, data, metrics)
             checkpoints.finish()

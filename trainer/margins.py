@@ -132,7 +132,7 @@ class UniFace(CosineSoftmax):
     ) -> None:
         super().__init__(scale)
         self.margin = _within("margin", margin, 0.0, 2.0)
-        self.weight = _within("weight", weight)
+        self.weight = _within("weight", weight, 1e-6)  # the fused head divides by it
         self.rate = _within("rate", rate)
         self.register_buffer("bias", torch.tensor(log(10.0 * num_classes), dtype=torch.float64))
 

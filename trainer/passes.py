@@ -71,12 +71,8 @@ class Slopes:
     """What the length of dL/dcos_i, over all classes of all ranks, does not exceed, if that is known."""
     longest_inverse: Tensor | None = None
     """1 / length of the shortest row of all ranks."""
-
-    def times(self, factor: Tensor) -> "Slopes":
-        """Return the slopes of a loss so many times as large."""
-        norm_B = None if self.norm_B is None else self.norm_B * factor.abs()
-        common = self.common * factor
-        return Slopes(self.weight_B * factor, self.slope_B * factor, common, norm_B, self.longest_inverse)
+    factor: Tensor | float = 1.0
+    """What all of these are multiplied by, on the way back from the loss; it may be 0."""
 
 
 class Workspace:

@@ -7,16 +7,15 @@ UserError on all, and earlier checkpoints stay as they are.
 
 import errno
 import fcntl
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -35,19 +34,35 @@ from trainer.manifest import (
     step_of,
     sync,
 )
+from trainer.tensorfile import write_tensors
 
 T = TypeVar("T")
 
 
-@dataclass
-class _Writing:
-    """A save in flight: a thread of each rank writes this rank's files."""
+@dataclass(frozen=True)
+class Contents:
+    """What goes into one checkpoint, as one rank has it."""
 
     step: int
     record: dict[str, Any]
+    """Written by rank 0, as state.json."""
+    backbone: dict[str, Tensor]
+    """Written by rank 0, as ``class_names`` are."""
+    head: dict[str, Tensor]
+    """The rows of this rank, and which they are: written by each."""
+    shard: ClassShard
+    class_names: Sequence[str] = ()
+
+
+@dataclass
+class _Save:
+    """A save in flight: first a thread of each rank writes its files, then one of rank 0 completes it."""
+
+    step: int
     final: Path
     temporary: Path
     job: Future[dict[str, Entry]]
+    is_written: bool = False
 
 
 class Checkpoints:
@@ -65,10 +80,13 @@ class Checkpoints:
     ) -> None:
         self.folder, self.keep_last, self.group = folder, keep_last, group
         self.keep_every, self.keep_best, self.best_is = keep_every, keep_best, best_is
-        self._writing: _Writing | None = None
+        self._is_main = group.rank() == 0
         self._lock: IO[str] | None = None
+        self._in_flight: _Save | None = None
         self._copies: dict[str, dict[str, Tensor]] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._at_once = ThreadPoolExecutor(1, "checkpoint")
+        self._behind = ThreadPoolExecutor(1, "checkpoint", _give_way)
+        self._thread = self._at_once
 
     def claim(self) -> None:
         """Make sure that no other run saves here until this process ends. Raises UserError on every rank.
@@ -89,7 +107,7 @@ class Checkpoints:
                 )
 
         what = f"{self.folder}: another process is training in this folder"
-        self._agree(what, lambda: lock() if self.group.rank() == 0 else None)
+        self._agree(what, lambda: lock() if self._is_main else None)
 
     def newest(self) -> Path | None:
         """Return the newest complete checkpoint, the same on every rank: rank 0 looks and tells."""
@@ -98,7 +116,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Return the complete checkpoints, oldest first, the same on every rank."""
-        found = complete_checkpoints(self.folder) if self.group.rank() == 0 else []
+        found = complete_checkpoints(self.folder) if self._is_main else []
         return from_main(found, self.group)
 
     def damage(self, path: Path) -> list[str]:
@@ -106,110 +124,91 @@ class Checkpoints:
         own = manifest.damage(path, self.group.rank(), self.group.size())
         return sorted({line for lines in from_all(own, self.group) for line in lines})
 
-    def save(
-        self,
-        step: int,
-        record: dict[str, Any],
-        backbone: dict[str, Tensor],
-        head: dict[str, Tensor],
-        shard: ClassShard,
-        class_names: Sequence[str] = (),
-    ) -> Path:
-        """Write one checkpoint and drop those that need not be kept; return its folder on every rank.
+    def save(self, contents: Contents) -> Path:
+        """Write a checkpoint and drop those that need not be kept; return its folder on every rank.
 
-        Rank 0 writes ``record`` as state.json, ``class_names`` and ``backbone``; every rank its own rows,
-        ``head``. Raises UserError on every rank if one could not write; earlier checkpoints are untouched.
+        Raises UserError on every rank if one could not write; earlier checkpoints are untouched.
         """
         self.finish()
-        self._begin(step, record, backbone, head, shard, class_names)
+        self._begin(contents, self._at_once)
         path = self.finish()
         assert path is not None
         return path
 
-    def start(
-        self,
-        step: int,
-        record: dict[str, Any],
-        backbone: dict[str, Tensor],
-        head: dict[str, Tensor],
-        shard: ClassShard,
-        class_names: Sequence[str] = (),
-    ) -> None:
-        """Begin what ``save`` does and return while a thread writes a copy; ``finish`` ends it.
+    def start(self, contents: Contents) -> None:
+        """Begin what ``save`` does and return while a thread writes a copy; ``proceed`` ends it.
 
         A save in flight is finished first, so there is one copy: it stays allocated for the next save.
         """
         self.finish()
-        backbone = self._copied("backbone", backbone) if self.group.rank() == 0 else {}
-        self._begin(step, record, backbone, self._copied("head", head), shard, class_names)
+        self._begin(self.copied(contents), self._behind)
 
-    def _copied(self, part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors in this object's own memory; fresh pages every time would double the pause."""
+    def copied(self, contents: Contents) -> Contents:
+        """Return the same in memory that lasts until the next call overwrites it.
+
+        Getting the memory costs more than copying: call it once before training, and no save has to.
+        """
+        backbone = self._copies_of(contents.backbone, "backbone") if self._is_main else {}
+        return replace(contents, head=self._copies_of(contents.head, "head"), backbone=backbone)
+
+    def _copies_of(self, tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         copies = self._copies.setdefault(part, {})
         for name, tensor in tensors.items():
             if name not in copies:
-                copies[name] = torch.empty_like(tensor, device="cpu")
+                is_pinned = tensor.device.type != "cpu"
+                copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_pinned)
             copies[name].copy_(tensor)
         return {name: copies[name] for name in tensors}
 
-    def _begin(
-        self,
-        step: int,
-        record: dict[str, Any],
-        backbone: dict[str, Tensor],
-        head: dict[str, Tensor],
-        shard: ClassShard,
-        class_names: Sequence[str],
-    ) -> None:
+    def _begin(self, contents: Contents, thread: ThreadPoolExecutor) -> None:
         """Prepare the folder and let the thread write this rank's files."""
-        record = {"format": FORMAT, "step": step, **record}
-        final = self.folder / f"{PREFIX}{step:08d}"
-        temporary = self.folder / f"{TEMPORARY}{step:08d}"
-        is_main = self.group.rank() == 0
-        tensors = [*head.values(), *(backbone.values() if is_main else ())]
+        final = self.folder / f"{PREFIX}{contents.step:08d}"
+        temporary = self.folder / f"{TEMPORARY}{contents.step:08d}"
+        tensors = [*contents.head.values(), *(contents.backbone.values() if self._is_main else ())]
         needed_bytes = sum(from_all(sum(tensor.nbytes for tensor in tensors), self.group))
-        self._agree(self._failed(step), lambda: self._make_room(temporary, needed_bytes) if is_main else None)
-
-        def write() -> dict[str, Entry]:
-            rank_file = temporary / f"head-{self.group.rank():05d}.safetensors"
-            rows = {"start": shard.start, "stop": shard.stop, "num_classes": shard.num_classes}
-            _write_tensors(rank_file, head, {key: str(value) for key, value in rows.items()})
-            written = [rank_file]
-            if is_main:
-                _write_tensors(temporary / "backbone.safetensors", backbone, {})
-                manifest.write_json(temporary / "state.json", record)
-                manifest.write_json(temporary / "classes.json", list(class_names))
-                written = [*temporary.glob("*.json"), temporary / "backbone.safetensors", rank_file]
-            return {path.name: manifest.entry_of(path) for path in written}
-
-        self._writing = _Writing(step, record, final, temporary, self._thread.submit(write))
+        what = self._failed(contents.step)
+        self._agree(what, lambda: self._make_room(temporary, needed_bytes) if self._is_main else None)
+        job = thread.submit(_write_files, temporary, contents, self.group.rank())
+        self._in_flight = _Save(contents.step, final, temporary, job)
+        self._thread = thread
 
     @property
     def is_writing(self) -> bool:
-        """True while this rank's thread has not written all of it."""
-        return self._writing is not None and not self._writing.job.done()
+        """True while a thread of this rank is at work: until then ``proceed`` would wait."""
+        return self._in_flight is not None and not self._in_flight.job.done()
+
+    def proceed(self) -> Path | None:
+        """Take the next step of a save in flight, after waiting for the last; return it once complete.
+
+        Every rank must call it, best when none of them ``is_writing``. Raises UserError on every rank if one
+        could not write.
+        """
+        if self._in_flight is None:
+            return None
+        save, self._in_flight = self._in_flight, None
+        try:
+            parts = self._agree(self._failed(save.step), save.job.result)
+        except UserError:
+            if self._is_main:
+                shutil.rmtree(save.temporary, ignore_errors=True)  # it may be what fills the disk
+            raise
+        if save.is_written:
+            manifest.log.info("saved %s", save.final)
+            return save.final
+        entries = {name: entry for part in parts for name, entry in part.items()} if self._is_main else {}
+        save.job = self._thread.submit(self._complete, save, entries)
+        save.is_written, self._in_flight = True, save
+        return None
 
     def finish(self) -> Path | None:
-        """Wait until all ranks have written, complete the checkpoint and return it; None if none was begun.
+        """Wait until a save in flight is complete and return it; None if none was begun.
 
-        Raises UserError on every rank if one could not write.
+        Every rank must call it. Raises UserError on every rank if one could not write.
         """
-        if self._writing is None:
-            return None
-        writing, self._writing = self._writing, None
-        is_main = self.group.rank() == 0
-        try:
-            parts = self._agree(self._failed(writing.step), writing.job.result)
-            entries = {name: entry for part in parts for name, entry in part.items()}
-            self._agree(
-                self._failed(writing.step), lambda: self._complete(writing, entries) if is_main else None
-            )
-        except UserError:
-            if is_main:
-                shutil.rmtree(writing.temporary, ignore_errors=True)  # it may be what fills the disk
-            raise
-        manifest.log.info("saved %s", writing.final)
-        return writing.final
+        path = None
+        while self._in_flight is not None:
+            path = self.proceed()
+        return path
 
     def set_aside(self, paths: Sequence[Path], folder: str) -> Path:
         """Move checkpoints to a new ``folder`` beside them, and return it: kept, but no longer found."""
@@ -227,7 +226,7 @@ class Checkpoints:
             return place
 
         what = f"{self.folder}: cannot set checkpoints aside"
-        return self._agree(what, lambda: move() if self.group.rank() == 0 else Path())[0]
+        return self._agree(what, lambda: move() if self._is_main else Path())[0]
 
     def _failed(self, step: int) -> str:
         return (
@@ -239,7 +238,7 @@ class Checkpoints:
         outcome: tuple[T | None, str] = (None, "")
         try:
             outcome = (work(), "")
-        except (OSError, SafetensorError) as error:
+        except (OSError, UserError) as error:
             outcome = (None, str(error))
         outcomes = from_all(outcome, self.group)
         failures = [f"rank {rank}: {message}" for rank, (_, message) in enumerate(outcomes) if message]
@@ -256,13 +255,15 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, f"it needs {needed_bytes} bytes, {free_bytes} are free")
         temporary.mkdir()
 
-    def _complete(self, writing: _Writing, entries: dict[str, Entry]) -> None:
-        """Write the manifest, give the folder its name, drop what need not be kept."""
-        manifest.write_manifest(writing.temporary, entries)
-        replaced = self.folder / f"{REPLACED}{writing.step:08d}"
-        if writing.final.exists():
-            writing.final.rename(replaced)
-        writing.temporary.rename(writing.final)
+    def _complete(self, save: _Save, entries: dict[str, Entry]) -> dict[str, Entry]:
+        """Write the manifest, give the folder its name, drop what need not be kept; rank 0 alone."""
+        if not self._is_main:
+            return {}
+        manifest.write_manifest(save.temporary, entries)
+        replaced = self.folder / f"{REPLACED}{save.step:08d}"
+        if save.final.exists():
+            save.final.rename(replaced)
+        save.temporary.rename(save.final)
         sync(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
         complete = {step_of(path): path for path in complete_checkpoints(self.folder)}
@@ -274,6 +275,7 @@ class Checkpoints:
             rubbish = self.folder / f"{TEMPORARY}{step:08d}"
             complete[step].rename(rubbish)
             shutil.rmtree(rubbish)
+        return {}
 
     def _best(self, complete: dict[int, Path]) -> int | None:
         """Return the step whose record has the best value of ``keep_best``, the newest of equals."""
@@ -287,6 +289,23 @@ class Checkpoints:
         return max(values, key=lambda step: (values[step], step), default=None)
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
-    sync(path)
+def _write_files(folder: Path, contents: Contents, rank: int) -> dict[str, Entry]:
+    """Write what is up to this rank; return the entries of its files by name."""
+    rank_file, shard = f"head-{rank:05d}.safetensors", contents.shard
+    rows = {"start": shard.start, "stop": shard.stop, "num_classes": shard.num_classes}
+    metadata = {key: str(value) for key, value in rows.items()}
+    entries = {rank_file: write_tensors(folder / rank_file, contents.head, metadata)}
+    if rank == 0:
+        entries["backbone.safetensors"] = write_tensors(
+            folder / "backbone.safetensors", contents.backbone, {}
+        )
+        record = {"format": FORMAT, "step": contents.step, **contents.record}
+        for name, value in {"state.json": record, "classes.json": list(contents.class_names)}.items():
+            manifest.write_json(folder / name, value)
+            entries[name] = manifest.entry_of(folder / name)
+    return entries
+
+
+def _give_way() -> None:
+    """Let everything else have the processor before this thread."""
+    os.nice(10)

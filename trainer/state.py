@@ -23,7 +23,7 @@ from trainer.losses.weighted_sum import WeightedSum
 from trainer.margins import MARGINS, build_margin
 from trainer.optimizer import allocate_state, build_optimizer, parameter_groups
 from trainer.order import Position
-from trainer.saving import Checkpoints
+from trainer.saving import Checkpoints, Contents
 from trainer.scale import scale_of
 
 
@@ -144,6 +144,12 @@ def save(
     """
     if config.engine.check_weights_every:
         require_equal_weights(state.engine.module, state.head.group, state.step)
+    write = checkpoints.start if config.checkpoint.asynchronous else checkpoints.save
+    write(contents_of(state, config, data, metrics or {}))
+
+
+def contents_of(state: TrainState, config: Config, data: TrainingData, metrics: dict[str, float]) -> Contents:
+    """Return what a checkpoint holds: the tensors themselves, which go on changing. Collective."""
     share_statistics(state)
     record = {
         "position": dataclasses.asdict(state.position),
@@ -152,14 +158,13 @@ def save(
         "data_fingerprint": data.fingerprint,
         "ranks": state.head.group.size(),
         "started_from": state.started_from,
-        "metrics": metrics or {},
+        "metrics": metrics,
         "config": to_dict(config),
     }
     is_main = state.head.group.rank() == 0  # the others compute the backbone's state with it and drop it
     backbone = {name: tensor for name, tensor in state_tensors(state.engine) if is_main}
-    write = checkpoints.start if config.checkpoint.asynchronous else checkpoints.save
     head = checkpoint.head_tensors(state.head, state.head_optimizer)
-    write(state.step, record, backbone, head, state.head.row_shard, data.class_names)
+    return Contents(state.step, record, backbone, head, state.head.row_shard, data.class_names)
 
 
 @torch.no_grad()
