@@ -21,7 +21,9 @@ from trainer.cache import describe_source, open_data_set
 from trainer.config import DataConfig
 from trainer.errors import UserError
 from trainer.index import open_index
+from trainer.locks import locked
 from trainer.order import epoch_order
+from trainer.samplers import ShuffledOrder
 from trainer.shards import build_index, write_shards
 
 NUM_SAMPLES, PER_SHARD = 30, 5
@@ -95,7 +97,8 @@ def test_a_second_run_fetches_the_index_json_only(web, here):
 
 def test_the_index_survives_pickling(web, here):
     index = opened(web, here)
-    index.store.expect(0, 0, lambda epoch: np.arange(NUM_SAMPLES))
+    index.store.expect(0, 0, ShuffledOrder(NUM_SAMPLES, 0))
+    index.store.fetch_ahead()  # a thread does not travel
     copy = pickle.loads(pickle.dumps(index))
     assert (copy.read(29), copy.field, copy.num_samples) == (image(29), "data.train", NUM_SAMPLES)
 
@@ -225,10 +228,10 @@ def fewest_fetches(uses: list[int], room: int) -> int:
     return fetched
 
 
-def read_epoch(index, order) -> None:
+def read_epoch(index, seed: int) -> None:
     """Read an epoch as a loader does, but keep no shard open: the cache sees every use."""
-    for position, sample in enumerate(order.tolist()):
-        index.store.expect(0, position, lambda epoch: order)
+    for position, sample in enumerate(epoch_order(NUM_SAMPLES, seed, 0).tolist()):
+        index.store.expect(0, position, ShuffledOrder(NUM_SAMPLES, seed))
         shard = int(np.searchsorted(index.starts, sample, side="right")) - 1
         os.close(index.store.open(index.shards[shard]))
 
@@ -237,9 +240,8 @@ def read_epoch(index, order) -> None:
 def test_room_is_made_by_the_shard_whose_next_use_is_farthest(web, here, room):
     size = max(shard.bytes for shard in open_index(web.root / "set", "x").shards)
     index = opened(web, limited(here, room * size))
-    order = epoch_order(NUM_SAMPLES, 3, 0)
-    read_epoch(index, order)
-    uses = (order // PER_SHARD).tolist()
+    read_epoch(index, seed=3)
+    uses = (epoch_order(NUM_SAMPLES, 3, 0) // PER_SHARD).tolist()
     assert len(fetches(web)) == fewest_fetches(uses, room)
     assert len(tars(here)) == room
 
@@ -258,7 +260,7 @@ def test_the_cache_never_holds_more_than_its_limit_and_the_bytes_stay_right(web,
     index = opened(web, limited(here, 2.5 * size))
     for epoch, position in itertools.product(range(2), range(NUM_SAMPLES)):
         sample = int(epoch_order(NUM_SAMPLES, 1, epoch)[position])
-        index.store.expect(epoch, position, lambda epoch: epoch_order(NUM_SAMPLES, 1, epoch))
+        index.store.expect(epoch, position, ShuffledOrder(NUM_SAMPLES, 1))
         assert index.read(sample) == image(sample)
         held = sum(path.stat().st_size for path in (here.cache_dir / "shards").iterdir())
         assert held <= 2.5 * size
@@ -285,7 +287,9 @@ def read_all(url: str, data: DataConfig, seed: int, start, answer) -> None:
         images = {}
         for position, sample in enumerate(order.tolist()):
             if seed % 2:
-                index.store.expect(0, position, lambda epoch: order)
+                index.store.expect(0, position, ShuffledOrder(NUM_SAMPLES, seed))
+            if seed == 1:
+                index.store.fetch_ahead()
             images[sample] = hashlib.sha256(index.read(sample)).hexdigest()
         answer.send(images)
     except UserError as error:
@@ -384,12 +388,11 @@ def read_slowly(url: str, data: DataConfig) -> None:
     open_data_set(Url(url), "data.train", data).read(0)
 
 
-def test_a_lock_whose_holder_is_stuck_is_an_error_in_bounded_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "LONGEST_SILENCE_SECONDS", 0.2)
+def test_a_lock_whose_holder_is_stuck_is_an_error_in_bounded_time(tmp_path):
     with (
-        cache._locked(tmp_path / "lock", "data.train", lambda: None),
+        locked(tmp_path / "lock", "data.train", lambda: None, patience_seconds=0.2),
         pytest.raises(UserError, match=r"data.train: .*lock is held by a process that is stuck for 0 s"),
-        cache._locked(tmp_path / "lock", "data.train", lambda: None),
+        locked(tmp_path / "lock", "data.train", lambda: None, patience_seconds=0.2),
     ):
         pass
 
@@ -403,6 +406,57 @@ def test_partial_files_of_dead_processes_make_room_first(web, here):
     index.read(PER_SHARD)
     assert not abandoned.exists()
     assert len(tars(here)) == 2
+
+
+def fetch_ahead(index, position: int, seed: int) -> None:
+    """Fetch what can be before the sample at a position is read, and wait until it is done."""
+    index.store.expect(0, position, ShuffledOrder(NUM_SAMPLES, seed))
+    index.store._rest_until = 0
+    index.store.fetch_ahead()
+    index.store._fetcher.join()
+
+
+def next_uses(position: int, seed: int) -> list[int]:
+    """The shards that an epoch needs from a position on, each once, the next one first."""
+    return list(dict.fromkeys((epoch_order(NUM_SAMPLES, seed, 0)[position:] // PER_SHARD).tolist()))
+
+
+def test_shards_are_fetched_ahead_in_the_order_of_their_first_use(web, here):
+    fetch_ahead(opened(web, here), 0, seed=3)
+    assert [int(path[-5]) for path in fetches(web)] == next_uses(0, seed=3)
+
+
+@pytest.mark.parametrize("room", [1, 2, 4])
+def test_what_is_fetched_ahead_are_always_the_shards_needed_next(web, here, room):
+    index = opened(web, limited(here, room * max(s.bytes for s in open_index(web.root / "set", "x").shards)))
+    for position in range(NUM_SAMPLES):
+        fetch_ahead(index, position, seed=3)
+        here_now = {number for number, shard in enumerate(index.shards) if shard.sha256 in tars(here)}
+        assert len(here_now) == room
+        assert here_now >= set(next_uses(position, seed=3)[:room])
+
+
+def test_a_shard_that_is_being_fetched_ahead_is_waited_for_and_not_fetched_twice(web, here):
+    index = opened(web, here)
+    web.choose = lambda path, count: Fault(delay=0.1)
+    index.store.expect(0, 0, ShuffledOrder(NUM_SAMPLES, 3))
+    index.store.fetch_ahead()
+    for sample in epoch_order(NUM_SAMPLES, 3, 0).tolist():
+        assert index.read(sample) == image(sample)
+    index.store._fetcher.join()
+    assert len(fetches(web)) == len(set(fetches(web))) == len(index.shards)
+
+
+def test_a_failure_of_fetching_ahead_is_told_by_who_needs_the_shard(web, here):
+    index = opened(web, here)
+    web.choose = lambda path, count: Fault(status=404)
+    fetch_ahead(index, 0, seed=3)
+    assert len(fetches(web)) == 1
+    index.store.fetch_ahead()  # once is enough
+    index.store._fetcher.join()
+    assert len(fetches(web)) == 1
+    with pytest.raises(UserError, match=r"data-00000\d.tar: answered 404"):
+        index.read(0)
 
 
 def test_an_indexed_folder_of_foreign_tars_can_be_served(web, here):

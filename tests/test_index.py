@@ -1,15 +1,19 @@
 import errno
 import os
 import pickle
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hostile import fuzz
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trainer import index
 from trainer.errors import UserError
 from trainer.index import ARRAYS, open_index
-from trainer.shards import write_shards
+from trainer.shards import build_index, write_shards
 
 
 def image(i: int) -> bytes:
@@ -182,3 +186,25 @@ def test_an_error_that_will_not_pass_is_raised_at_once(packed, monkeypatch):
     with pytest.raises(UserError, match="cannot read: Permission denied"):
         packed.read(3)
     assert storage.waits == []
+
+
+@fuzz(12)
+@given(
+    contents=st.lists(st.binary(min_size=1, max_size=1100), min_size=1, max_size=9),
+    samples_per_shard=st.integers(1, 4),
+    data=st.data(),
+)
+def test_any_images_are_found_by_number_by_place_and_by_a_second_indexing(contents, samples_per_shard, data):
+    with tempfile.TemporaryDirectory() as folder:
+        samples = ((content, "png", len(content) % 3) for content in contents)
+        written = write_shards(samples, Path(folder) / "set", ["ant", "bee", "cat"], samples_per_shard)
+        asked = data.draw(st.lists(st.integers(0, len(contents) - 1), max_size=12), "asked")
+        assert written.read_many(asked) == [contents[i] for i in asked]
+        assert written.labels_N.tolist() == [len(content) % 3 for content in contents]
+        for i in range(len(contents)):
+            assert written.find(*written.locate(i)) == i
+            assert written.member_name(i) == f"{i:09d}.png"
+        again = build_index(written.folder)
+        assert again.fingerprint == written.fingerprint
+        for name in ("starts", "offsets_N", "lengths_N", "labels_N"):
+            assert np.array_equal(getattr(again, name), getattr(written, name))

@@ -1,5 +1,10 @@
+import math
+
 import numpy as np
 import pytest
+from hostile import fuzz
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trainer.order import Position, epoch_order, fold, rank_positions, sample_key, splitmix64
 
@@ -98,3 +103,49 @@ def test_position_drops_the_tail_and_goes_on_with_the_next_epoch():
 def test_position_before_a_tail_too_short_for_another_batch_size_is_the_next_epoch():
     assert Position(2, 8).normalised(global_batch=2, num_samples=10) == Position(2, 8)
     assert Position(2, 8).normalised(global_batch=3, num_samples=10) == Position(3, 0)
+
+
+@fuzz(60)
+@given(data=st.data())
+def test_any_two_worlds_see_each_position_of_an_epoch_once_and_in_its_order(data):
+    """Training begins on one number of ranks and goes on on another, after any step."""
+    worlds = data.draw(st.tuples(st.integers(1, 6), st.integers(1, 6)), "worlds")
+    accumulation = data.draw(st.integers(1, 3), "accumulation")
+    micro_batch = math.lcm(*worlds) * data.draw(st.integers(1, 3), "share")
+    batch = accumulation * micro_batch
+    num_samples = batch + data.draw(st.integers(0, 3 * batch), "more")
+    steps = num_samples // batch
+    resumed_at = data.draw(st.integers(0, steps), "resumed_at")
+    position, seen = Position(), []
+    for step in range(steps):
+        world_size = worlds[step >= resumed_at]
+        of_ranks = [
+            rank_positions(
+                position.consumed,
+                global_batch=batch,
+                accumulation=accumulation,
+                rank=rank,
+                world_size=world_size,
+            ).reshape(accumulation, -1)
+            for rank in range(world_size)
+        ]
+        assert len({mine.shape for mine in of_ranks}) == 1
+        seen += np.concatenate(of_ranks, axis=1).reshape(-1).tolist()
+        position = position.advance(batch, num_samples)
+    assert seen == list(range(steps * batch))
+    assert position == Position(1, 0)
+    assert len(set(epoch_order(num_samples, 0, 0)[seen].tolist())) == len(seen)
+
+
+@fuzz(60)
+@given(num_samples=st.integers(1, 300), batches=st.lists(st.integers(1, 40), min_size=1, max_size=8))
+def test_batches_of_any_sizes_one_after_another_repeat_nothing_within_an_epoch(num_samples, batches):
+    position, seen = Position(), []
+    for batch in (min(batch, num_samples) for batch in batches):
+        start = position.normalised(batch, num_samples)
+        assert start in (position, Position(position.epoch + 1, 0))
+        assert start.consumed + batch <= num_samples
+        seen += [(start.epoch, start.consumed + i) for i in range(batch)]
+        position = start.advance(batch, num_samples)
+    assert len(set(seen)) == len(seen)
+    assert seen == sorted(seen)

@@ -1,5 +1,7 @@
 import importlib.util
+import io
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_recordio import content as record
+from test_recordio import write as record_file
 
 from launch import pack
+from trainer import packing
+from trainer.check import check
 from trainer.errors import UserError
 from trainer.index import open_index
 
@@ -176,3 +182,57 @@ def test_check_prints_every_problem_and_exits_with_2(photos, tmp_path, capsys):
         pack.main(["check", str(out), "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["problems"] == ["data-000000.tar: missing", "moved.tar: not in the index"]
+
+
+def jpeg(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 60), (shade, shade, shade)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def sets_of_people(root: Path) -> dict[str, list[object]]:
+    """One of each as their authors hand them out, and what the command line needs to pack it."""
+    files = {
+        "lfw/Ann_Lee/Ann_Lee_0001.jpg": jpeg(1),
+        "lfw/Ann_Lee/Ann_Lee_0002.jpg": jpeg(2),
+        "lfw/Bo/Bo_0001.jpg": jpeg(3),
+        "pairs.txt": b"1\t1\nAnn_Lee\t1\t2\nAnn_Lee\t2\tBo\t1\n",
+        "market/bounding_box_train/0002_c1s1_000451_03.jpg": jpeg(4),
+        "market/bounding_box_test/-1_c1s1_000401_03.jpg": jpeg(5),
+        "market/query/0001_c2s1_001051_00.jpg": jpeg(6),
+        **{f"pipa/{subset}/1_{subset}.jpg": jpeg(10 + subset) for subset in range(4)},
+        "pipa/all_data.txt": b"".join(b"1 %d 3 4 20 20 90%d %d\n" % (s, s, s) for s in range(4)),
+    }
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    (root / "ms1m").mkdir()
+    record_file(root / "ms1m" / "train.rec", [record(jpeg(20 + i), i // 2) for i in range(4)])
+    pairs = ([jpeg(30 + i) for i in range(20)], [i % 2 == 0 for i in range(10)])
+    (root / "agedb.bin").write_bytes(pickle.dumps(pairs))
+    return {
+        "lfw": [root / "lfw", root / "pairs.txt"],
+        "market1501": [root / "market"],
+        "pipa": [root / "pipa"],
+        "rec": [root / "ms1m"],
+        "bin": [root / "agedb.bin"],
+    }
+
+
+def test_sets_of_people_and_insightface_files_are_packed_and_whole(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(packing, "draw_classes", lambda packed: None)  # 0.3 s each
+    sizes = {
+        "lfw": [3],
+        "market1501": [1, 1, 1],
+        "pipa": [1, 1, 1, 1],
+        "rec": [4],
+        "bin": [20],
+    }
+    for source, arguments in sets_of_people(tmp_path).items():
+        rows = run(source, *arguments, tmp_path / "out" / source, "--jobs", 1)
+        assert [row["num_samples"] for row in rows] == sizes[source]
+        assert rows[0]["pairs"] == {"lfw": 2, "bin": 10}.get(source, 0)
+        for row in rows:
+            assert check(Path(row["path"])).problems == []
+    query = open_index(tmp_path / "out" / "market1501" / "query", "")
+    assert query.read_note(0) == {"person": 1, "camera": 2}

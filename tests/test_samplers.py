@@ -2,6 +2,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hostile import fuzz
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trainer import samplers
 from trainer.errors import UserError
@@ -163,3 +166,60 @@ def test_every_order_is_a_function_of_seed_epoch_and_position():
         assert np.array_equal(first.of_epoch(3)(positions), whole_epoch(again, 3)[24:48])
         assert order_digest(first, 3) == order_digest(again, 3)
         assert len({order_digest(first, 3), order_digest(first, 4), order_digest(other, 3)}) == 3
+
+
+KEYS = st.integers(0, 2**64 - 1)
+
+
+@fuzz(60)
+@given(groups=st.lists(st.tuples(st.integers(1, 150), KEYS), min_size=1, max_size=5))
+def test_places_of_groups_of_any_sizes_are_permuted_within_each_group(groups):
+    sizes, keys = (np.array(column, dtype=np.uint64) for column in zip(*groups, strict=True))
+    of_group = np.repeat(np.arange(len(groups)), sizes.astype(int))
+    places = np.concatenate([np.arange(size) for size, _ in groups])
+    out = scattered(places, sizes[of_group].astype(np.int64), keys[of_group])
+    for group, (size, _) in enumerate(groups):
+        assert sorted(out[of_group == group].tolist()) == list(range(size))
+
+
+@fuzz(60)
+@given(sizes=st.lists(st.integers(0, 60), min_size=1, max_size=8), seed=KEYS, epoch=st.integers(0, 9))
+def test_windows_of_any_sizes_come_whole_one_after_another_empty_ones_not_at_all(sizes, seed, epoch):
+    starts = (0, *np.cumsum(sizes).tolist())
+    samples = whole_epoch(ShuffledOrder(starts[-1], seed, starts), epoch)
+    assert sorted(samples.tolist()) == list(range(starts[-1]))
+    windows = np.searchsorted(starts, samples, side="right") - 1
+    assert len(np.flatnonzero(np.diff(windows, prepend=-1))) == sum(size > 0 for size in sizes)
+
+
+@fuzz(60)
+@given(
+    labels=st.lists(st.integers(0, 8), min_size=1, max_size=80),
+    groups=st.integers(1, 5),
+    samples=st.integers(1, 5),
+    seed=KEYS,
+)
+def test_any_labels_give_balanced_batches_of_distinct_classes_or_are_refused(labels, groups, samples, seed):
+    labels_N = np.array(labels, dtype=np.int32)
+    if len(set(labels)) < groups:
+        with pytest.raises(UserError, match="needs as many classes"):
+            BalancedOrder(labels_N, seed, groups, samples)
+        return
+    chosen = whole_epoch(BalancedOrder(labels_N, seed, groups, samples)).reshape(-1, groups, samples)
+    assert len(chosen)
+    for batch in chosen:
+        assert (labels_N[batch] == labels_N[batch[:, :1]]).all()
+        assert len(set(labels_N[batch[:, 0]].tolist())) == groups
+        for group in batch:  # a class too small for a group repeats its images as late as it can
+            size = labels.count(labels_N[group[0]])
+            assert len(set(group.tolist())) == min(samples, size)
+
+
+@fuzz(40)
+@given(parts=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 50)), min_size=1, max_size=4), seed=KEYS)
+def test_a_mixture_of_any_sets_draws_all_images_of_a_set_before_any_again(parts, seed):
+    sizes, weights = zip(*parts, strict=True)
+    order = mixed(sizes, weights, seed)
+    counts = np.bincount(np.concatenate([whole_epoch(order, e) for e in range(3)]), minlength=sum(sizes))
+    for of_part in np.split(counts, np.cumsum(sizes)[:-1]):
+        assert of_part.max() - of_part.min() <= 1

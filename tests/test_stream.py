@@ -1,10 +1,15 @@
 import itertools
+import tarfile
 from collections import Counter
 from pathlib import Path
 
+import fsspec
 import pytest
 from test_data import NUM_SAMPLES, SIZE, png
+from web import Fault, served
 
+from trainer import address, remote
+from trainer.address import Url
 from trainer.augment import build_train_transform
 from trainer.errors import UserError
 from trainer.order import Position
@@ -21,9 +26,9 @@ def folder(tmp_path) -> Path:
     return tmp_path / "packed"
 
 
-def stream(folder: Path, *, rank=0, world_size=1, workers=0, start=None, num_classes=7, num_steps=9):
+def stream(folder: Path | Url, *, rank=0, world_size=1, workers=0, start=None, num_classes=7, num_steps=9):
     source = StreamSource(
-        paths=find_shards(folder),
+        shards=find_shards(folder),
         num_classes=num_classes,
         channels=1,
         shuffle_buffer=10,
@@ -57,6 +62,51 @@ def test_one_reader_sees_every_sample_about_as_often(folder):
     seen = Counter(int(i) for b, _ in stream(folder, num_steps=53) for i in b.images_NCHW[:, 0, 0, 0])
     assert len(seen) == NUM_SAMPLES
     assert max(seen.values()) - min(seen.values()) <= 2  # 12 passes, the last one in the buffer
+
+
+def test_remote_shards_give_the_batches_of_local_ones_with_an_index_and_without(folder, monkeypatch):
+    monkeypatch.setattr(remote, "PAUSE_SECONDS", 0.001)
+    with served(folder) as web:
+        web.choose = lambda path, count: Fault(
+            cut_after=5000 if path.endswith(".tar") and count % 3 else None
+        )
+        for address in (web.url(), web.url("/data-{000000..000003}.tar")):
+            pairs = zip(stream(folder), stream(Url(address)), strict=True)
+            assert all(here.images_NCHW.equal(there.images_NCHW) for (here, _), (there, _) in pairs)
+    assert {request.range for request in web.of("/data-000001.tar")} >= {None, "bytes=5000-"}
+
+
+def test_shards_of_an_object_store_are_streamed_through_fsspec(folder, monkeypatch):
+    monkeypatch.setattr(address, "SCHEMES", (*address.SCHEMES, "memory"))
+    for path in folder.glob("*.tar"):
+        fsspec.filesystem("memory").pipe_file(f"/bucket/streamed/{path.name}", path.read_bytes())
+    pairs = zip(
+        stream(folder), stream(Url("memory://bucket/streamed/data-{000000..000003}.tar")), strict=True
+    )
+    assert all(here.images_NCHW.equal(there.images_NCHW) for (here, _), (there, _) in pairs)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_remote_shards_that_are_truncated_or_gone_are_named_without_credentials(folder, workers, monkeypatch):
+    monkeypatch.setenv("NETRC", "/nonexistent")
+    path = folder / "data-000002.tar"
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        last_sample = tar.getmembers()[-2].offset
+    with served(folder) as web:
+        shards = Url(web.url("/data-{000000..000003}.tar", user="ann:hunter2@"))
+        for end in (last_sample, last_sample + 600):
+            path.write_bytes(whole[:end])
+            message = r"^rank 0: http\S*/data-000002.tar: truncated(: no end of archive| or not a tar)[^@]*$"
+            with pytest.raises(UserError, match=message):
+                stream(shards, workers=workers)
+        path.unlink()
+        with pytest.raises(
+            UserError, match=r"^rank 0: data.train: http\S*/data-000002.tar: answered 404[^@]*$"
+        ):
+            stream(shards, workers=workers)
+        with pytest.raises(UserError, match=r"index/index.json: answered 404"):
+            stream(Url(web.url("/elsewhere")))
 
 
 def test_a_resumed_run_goes_on_with_other_samples(folder):

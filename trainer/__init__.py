@@ -31,6 +31,7 @@ level 4
     benchmark      what the head costs on this machine, in time and memory
     feed           from a configuration to training data: opened, ordered, the same on all ranks
 level 3
+    cache          remote data sets: index at once, shards when first read, kept on the node
     packing        from a source to a finished data set: in several processes, resumable
     check          is a packed data set what its index says, to the last pixel?
     losses         losses of whole batches beside the class softmax, and weighted sums of them
@@ -56,7 +57,7 @@ level 2
     backbone       a name to a network from images to embeddings [timm]
     data           batches from an index, the same on any number of ranks and workers
     mixture        several packed data sets that are read as one
-    cache          remote data sets: index at once, shards when first read, kept on the node
+    remote_index   the index of a remote data set, fetched and verified
     shards         data shards: written as tars, or indexed where they are [webdataset]
     optimizer      the optimizer of backbone and head, its state allocated at once
     figures        pictures of an evaluation and of a run [matplotlib]
@@ -81,6 +82,7 @@ level 1
     recordio       InsightFace's .rec and .idx
     pickles        the pickles of foreign data sets, read without unpickling
     jobs           independent pieces of work in several processes
+    locks          locks that the processes of a node share, with an end to waiting
     remote         a remote file to a local one: whole and verified, or an error in bounded time
     elastic        start a run again with the hosts that are left
 level 0

@@ -2,7 +2,7 @@
 
 ::
 
-    CACHE/index/SHA256/index/     an index, by the hash of its index.json, which has those of its arrays
+    CACHE/index/                  see ``trainer.remote_index``
     CACHE/shards/SHA256.tar       a whole shard: never changed, only removed
     CACHE/shards/SHA256-SIZE.part what has come of one; goes on after a cut or a kill
     CACHE/locks/                  one per shard: one process of the node downloads it while others wait
@@ -10,16 +10,18 @@
 A name is the content's hash: equal shards of two data sets are one file, different ones cannot meet. Room is
 made before a download begins, by removing the shard whose next use lies farthest ahead (the order of an epoch
 is known), or the least recently opened one where it is not. Who has a removed shard open can still read it.
+
+Shards are also fetched ahead of their use, the next one first; one that is here makes room only for one that
+is needed sooner ("do no harm": Cao et al., Integrated Prefetching and Caching Strategies, 1995).
 """
 
-import fcntl
-import hashlib
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,14 @@ from numpy.typing import NDArray
 from trainer.address import Url
 from trainer.config import DataConfig
 from trainer.errors import UserError
-from trainer.index import ARRAYS, Index, Shard, array_path, index_path, load_index, open_index, read_head
-from trainer.remote import LONGEST_SILENCE_SECONDS, download, download_small
+from trainer.index import Index, Shard, load_index, open_index
+from trainer.locks import Lock, is_free, locked, locked_if_free, wait
+from trainer.order import Order
+from trainer.remote import LONGEST_SILENCE_SECONDS, download, progress_of
+from trainer.remote_index import fetch_index
 
-MAX_INDEX_JSON = 1 << 30  # ten million class names
-_POLL_SECONDS = 0.05
+_PIECE = 1 << 16  # samples of an order that are looked at together
+_REST_SECONDS = 1.0  # between two looks whether there is something to fetch, if there was nothing
 
 
 def open_data_set(location: Path | Url, name: str, data: DataConfig) -> Index:
@@ -49,7 +54,7 @@ def open_data_set(location: Path | Url, name: str, data: DataConfig) -> Index:
     folder, limit = cache_folder(data), int(data.cache_gib * 2**30)
     for part in ("", "index", "shards", "locks"):
         _make_private(folder / part, name)
-    index = load_index(_fetch_index(location, folder, limit, name), name, location)
+    index = load_index(fetch_index(location, folder, limit, name), name, location)
     largest = max(shard.bytes for shard in index.shards)
     if largest > limit:
         raise UserError(f"data.cache_gib: {data.cache_gib:g} has no room for a shard of {largest} bytes")
@@ -85,125 +90,162 @@ class ShardCache:
     """Field of the configuration, for messages."""
     shards: tuple[Shard, ...]
     starts: NDArray[np.int64]
-    _now: tuple[int, int, Callable[[int], NDArray[np.int64]]] | None = None
-    _epoch_shards: tuple[int, NDArray[np.int64]] | None = None
+    _now: tuple[int, int, Order] | None = None
+    _epoch_shards: tuple[int, NDArray[Any]] | None = None
+    _computing: threading.Lock = field(default_factory=threading.Lock)
+    _fetcher: threading.Thread | None = None
+    _rest_until: float = 0.0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardCache, (self.url, self.folder, self.limit, self.name, self.shards, self.starts)
 
-    def expect(self, epoch: int, position: int, order: Callable[[int], NDArray[np.int64]]) -> None:
-        """Tell which sample is read now: number ``position`` of ``order(epoch)``. Costs nothing."""
+    def expect(self, epoch: int, position: int, order: Order) -> None:
+        """Tell which sample is read now: number ``position`` of an epoch of ``order``. Costs nothing."""
         self._now = epoch, position, order
 
     def open(self, shard: Shard) -> int:
         """Return a descriptor of a shard, after fetching it if it is not there. Raises UserError."""
-        path = self.folder / "shards" / f"{shard.sha256}.tar"
+        path, partial = self._paths(shard)
         if (descriptor := _open_whole(path, shard.bytes)) is not None:
             return descriptor
-        partial = path.with_name(f"{shard.sha256}-{shard.bytes}.part")
-        with _locked(self._lock(shard.sha256), self.name, lambda: _progress(partial)) as lock:
+        with self._locked(shard.sha256, lambda: progress_of(partial)) as lock:
             if (descriptor := _open_whole(path, shard.bytes)) is not None:
                 return descriptor  # another process has fetched it meanwhile
             with lock.failure_told():
-                self._wait_for_room(shard, partial)
-                url = self.url.file(shard.name)
-                download(url, partial, self.name, size=shard.bytes, sha256=shard.sha256)
-            descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)  # before others can remove it
-            partial.rename(path)
-            return descriptor
+                self._wait_for_room(shard)
+                return self._fetch(shard)
+
+    def fetch_ahead(self) -> None:
+        """Go on fetching what this epoch needs next, in a thread beside the reader. Returns at once.
+
+        A shard makes room only for one that is needed sooner, and what another process fetches is left to it.
+        A failure ends it without a word: who needs the shard meets it again, and tells.
+        """
+        is_busy = self._fetcher is not None and self._fetcher.is_alive()
+        if not is_busy and time.monotonic() > self._rest_until:
+            self._fetcher = threading.Thread(target=self._fetch_while_possible, daemon=True)
+            self._fetcher.start()
+
+    def _fetch_while_possible(self) -> None:
+        self._rest_until = np.inf
+        began = time.monotonic()
+        with suppress(UserError, OSError):
+            while self._fetch_next():
+                began = time.monotonic()
+            now = time.monotonic()
+            self._rest_until = now + max(_REST_SECONDS, 50 * (now - began))  # looking costs 2 % at most
+
+    def _fetch_next(self) -> bool:
+        """Fetch the shard that is needed first of those that are missing. Return False if none can be."""
+        for position, shard in self._upcoming():
+            path, _ = self._paths(shard)
+            if path.exists():
+                continue
+            with locked_if_free(self._lock(shard.sha256)) as lock:
+                if lock is None or path.exists():
+                    continue
+                with lock.failure_told():
+                    if has_room := self._reserve(shard, position):
+                        os.close(self._fetch(shard))
+                    return has_room
+        return False
+
+    def _paths(self, shard: Shard) -> tuple[Path, Path]:
+        """Return where a shard is when it is whole, and until then."""
+        folder = self.folder / "shards"
+        return folder / f"{shard.sha256}.tar", folder / f"{shard.sha256}-{shard.bytes}.part"
 
     def _lock(self, name: str) -> Path:
         return self.folder / "locks" / name
 
-    def _wait_for_room(self, shard: Shard, partial: Path) -> None:
-        def attempt() -> bool:
-            with _locked(self._lock("room"), self.name, lambda: None):
-                return self._make_room(shard, partial)
+    def _locked(self, name: str, progress: Callable[[], Any]) -> AbstractContextManager[Lock]:
+        return locked(self._lock(name), self.name, progress, LONGEST_SILENCE_SECONDS)
 
+    def _fetch(self, shard: Shard) -> int:
+        """Download a shard, whose lock is held and room reserved, and open it."""
+        path, partial = self._paths(shard)
+        download(self.url.file(shard.name), partial, self.name, size=shard.bytes, sha256=shard.sha256)
+        descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)  # before others can remove it
+        partial.rename(path)
+        return descriptor
+
+    def _wait_for_room(self, shard: Shard) -> None:
         others = self.folder / "shards"
-        _wait(attempt, lambda: [_progress(path) for path in others.glob("*.part")], f"{self.name}: no room")
+        wait(
+            lambda: self._reserve(shard, needed_at=-1),
+            lambda: [progress_of(path) for path in others.glob("*.part")],
+            f"{self.name}: no room",
+            LONGEST_SILENCE_SECONDS,
+        )
 
-    def _make_room(self, shard: Shard, partial: Path) -> bool:
-        """Reserve room for a shard, or return False if downloads of others have to end first."""
+    def _reserve(self, shard: Shard, needed_at: int) -> bool:
+        """Make room for a shard, by removing those that are needed later than it.
+
+        Return False, and remove nothing, if that is not enough before downloads of others have ended.
+        """
+        with self._locked("room", lambda: None):
+            return self._make_room(shard, self._paths(shard)[1], needed_at)
+
+    def _make_room(self, shard: Shard, partial: Path, needed_at: int) -> bool:
         parts = _stats(self.folder / "shards", "*.part")  # first: one that is renamed now is counted twice
         whole = _stats(self.folder / "shards", "*.tar")
+        on_disk = {path: status.st_size for path, status in (parts | whole).items()}
         reserved = {path: int(path.stem.partition("-")[2]) for path in parts if path != partial}
-        used = sum(stat.st_size for stat in whole.values()) + sum(reserved.values())
-        excess = used + shard.bytes - self.limit
-        there = parts[partial].st_size if partial in parts else 0
-        missing = shard.bytes - there - shutil.disk_usage(self.folder).free
-        abandoned = [path for path in reserved if _is_free(self._lock(path.stem.partition("-")[0]))]
-        for path in [*abandoned, *self._victims(whole)]:
+        counted = reserved | {path: on_disk[path] for path in whole}
+        excess = sum(counted.values()) + shard.bytes - self.limit
+        missing = shard.bytes - on_disk.get(partial, 0) - shutil.disk_usage(self.folder).free
+        abandoned = [path for path in reserved if is_free(self._lock(path.stem.partition("-")[0]))]
+        victims = [*abandoned, *self._victims(whole, needed_at)] if excess > 0 or missing > 0 else []
+        if missing > sum(on_disk[path] for path in victims):
+            raise UserError(f"data.cache_dir: {self.folder} is on a disk with {missing} bytes too few")
+        if excess > sum(counted[path] for path in victims):
+            return False
+        for path in victims:
             if excess <= 0 and missing <= 0:
                 break
             try:
                 path.unlink()
             except FileNotFoundError:  # renamed since: what was counted is not what is there
                 return False
-            excess -= reserved[path] if path in reserved else whole[path].st_size
-            missing -= (parts[path] if path in parts else whole[path]).st_size
-        if missing > 0:
-            raise UserError(f"data.cache_dir: {self.folder} is on a disk with {missing} bytes too few")
-        if excess <= 0:
-            partial.touch(mode=0o600)  # its name reserves the room
-        return excess <= 0
+            excess -= counted[path]
+            missing -= on_disk[path]
+        partial.touch(mode=0o600)  # its name reserves the room
+        return True
 
-    def _victims(self, whole: dict[Path, os.stat_result]) -> list[Path]:
-        """Return whole shards, the first to go first: farthest next use, then least recently opened."""
-        next_use = self._next_uses()
-        return sorted(whole, key=lambda path: (-next_use.get(path.stem, np.inf), whole[path].st_mtime_ns))
+    def _victims(self, whole: dict[Path, os.stat_result], needed_at: int) -> list[Path]:
+        """Return the shards needed after a position; first the farthest, or else the longest not opened."""
+        uses = {shard.sha256: use for use, shard in reversed(list(self._upcoming()))}
+        later = [path for path in whole if uses.get(path.stem, np.inf) > needed_at]
+        return sorted(later, key=lambda path: (-uses.get(path.stem, np.inf), whole[path].st_mtime_ns))
 
-    def _next_uses(self) -> dict[str, float]:
-        """Return sha256 -> samples until the shard is read, for those this epoch still needs."""
+    def _upcoming(self) -> Iterator[tuple[int, Shard]]:
+        """Yield (position of next use, shard) of the shards this epoch still needs, the next one first."""
         if self._now is None:
-            return {}
+            return
         epoch, position, order = self._now
-        if self._epoch_shards is None or self._epoch_shards[0] != epoch:
-            shards_N = np.searchsorted(self.starts, order(epoch), side="right") - 1
-            self._epoch_shards = epoch, shards_N
-        ahead = self._epoch_shards[1][position:]
-        first = np.full(len(self.shards), np.inf)
-        first[ahead[::-1]] = np.arange(len(ahead))[::-1]  # the last to be written is the first to come
-        return {shard.sha256: float(use) for shard, use in zip(self.shards, first, strict=True)}
+        shards_N = self._shards_in_order(epoch, order)
+        is_new = np.ones(len(self.shards), dtype=bool)
+        for begin in range(position, len(shards_N), _PIECE):
+            numbers, places = np.unique(shards_N[begin : begin + _PIECE], return_index=True)
+            for k in np.argsort(places).tolist():
+                if is_new[numbers[k]]:
+                    yield begin + int(places[k]), self.shards[numbers[k]]
+            is_new[numbers] = False
+            if not is_new.any():
+                return
 
-
-def _fetch_index(url: Url, folder: Path, limit: int, name: str) -> Path:
-    """Fetch a remote index; return the folder that holds it. The ranks of a node share one download."""
-    asked_at = time.time_ns()
-    lock_path = folder / "locks" / f"index-{hashlib.sha256(url.secret.encode()).hexdigest()}"
-    pointer = lock_path.with_suffix(".now")
-    temporary = folder / "index" / f".{lock_path.name}"
-    with _locked(lock_path, name, lambda: [_progress(path) for path in temporary.rglob("*")]) as lock:
-        if pointer.exists() and pointer.stat().st_mtime_ns >= asked_at:  # fetched while this process waited
-            return folder / "index" / pointer.read_text()
-        with lock.failure_told():
-            shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / "index").mkdir(parents=True)
-            head_path = index_path(temporary)
-            download_small(url.file("index/index.json"), head_path, name, limit=MAX_INDEX_JSON)
-            target = folder / "index" / hashlib.sha256(head_path.read_bytes()).hexdigest()
-            if not target.exists():
-                _fetch_arrays(url, temporary, limit, name)
-                temporary.rename(target)
-        fresh = pointer.with_suffix(".new")
-        fresh.write_text(target.name)
-        fresh.replace(pointer)
-    return target
-
-
-def _fetch_arrays(url: Url, folder: Path, limit: int, name: str) -> None:
-    """Fetch what a fetched index.json names."""
-    arrays = read_head(folder, name, url).get("arrays", {})
-    if arrays.keys() != ARRAYS.keys():
-        raise UserError(
-            f"{name}: the index of {url} has no hashes of its arrays; pack.py index makes a new one"
-        )
-    if (size := sum(array["bytes"] for array in arrays.values())) > limit:
-        raise UserError(f"{name}: the index of {url} has {size} bytes, above data.cache_gib")
-    for array, entry in arrays.items():
-        path = array_path(folder, array)
-        download(url.file(f"index/{path.name}"), path, name, size=entry["bytes"], sha256=entry["sha256"])
-    load_index(folder, name, url)
+    def _shards_in_order(self, epoch: int, order: Order) -> NDArray[Any]:
+        """Return the shard of every sample in the order of an epoch: 2 bytes each up to 65 535 shards."""
+        with self._computing:
+            if self._epoch_shards is None or self._epoch_shards[0] != epoch:
+                samples_of = order.of_epoch(epoch)
+                shards_N = np.empty(order.num_positions, dtype=np.min_scalar_type(len(self.shards)))
+                for begin in range(0, len(shards_N), _PIECE):
+                    piece = shards_N[begin : begin + _PIECE]
+                    samples = samples_of(np.arange(begin, begin + len(piece)))
+                    piece[:] = np.searchsorted(self.starts, samples, side="right") - 1
+                self._epoch_shards = epoch, shards_N
+            return self._epoch_shards[1]
 
 
 def _make_private(folder: Path, name: str) -> None:
@@ -239,78 +281,3 @@ def _stats(folder: Path, pattern: str) -> dict[Path, os.stat_result]:
         except FileNotFoundError:  # renamed meanwhile
             continue
     return found
-
-
-def _progress(path: Path) -> Any:
-    """Return something that changes as long as a download goes on."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_size, status.st_mtime_ns
-
-
-@dataclass
-class _Lock:
-    descriptor: int
-
-    @contextmanager
-    def failure_told(self) -> Iterator[None]:
-        """Leave the reason of a failure in the lock: who waits for it need not try as long again."""
-        try:
-            yield
-        except UserError as error:
-            os.pwrite(self.descriptor, str(error).encode(), 0)
-            raise
-
-
-@contextmanager
-def _locked(path: Path, name: str, progress: Callable[[], Any]) -> Iterator[_Lock]:
-    """Hold a lock of the node; the kernel frees it when its holder dies.
-
-    Raises UserError if the holder is stuck, or has failed while this process waited.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        waited = _wait(
-            lambda: _try_lock(descriptor), progress, f"{name}: {path} is held by a process that is stuck"
-        )
-        if waited and (reason := os.pread(descriptor, 4096, 0)):
-            raise UserError(reason.decode(errors="replace"))
-        os.ftruncate(descriptor, 0)
-        yield _Lock(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_free(path: Path) -> bool:
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
-    try:
-        return _try_lock(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _wait(done: Callable[[], bool], progress: Callable[[], Any], what: str) -> bool:
-    """Wait until ``done``; return whether it took more than one look. Raises UserError if nothing moves."""
-    if done():
-        return False
-    seen, since = progress(), time.monotonic()
-    while not done():
-        time.sleep(_POLL_SECONDS)
-        if (now := progress()) != seen:
-            seen, since = now, time.monotonic()
-        elif time.monotonic() - since > LONGEST_SILENCE_SECONDS:
-            raise UserError(f"{what} for {LONGEST_SILENCE_SECONDS:.0f} s")
-    return True

@@ -82,7 +82,8 @@ class DataConfig:
     reader: Literal["indexed", "stream"] = "indexed"
     """`indexed` reads any sample by the index: exact epochs, the same batches on any number of ranks, resumed
     where they were. `stream` reads shards without an index from front to back and promises none of these:
-    `trainer/stream.py`. It needs `head.num_classes` and `epoch_images`."""
+    `trainer/stream.py`. It needs `head.num_classes` and `epoch_images`. Remote shards are then not kept, and
+    named by their folder, if it has an index, or one by one: `https://host/set-{000..146}.tar`."""
 
     epoch_images: PositiveInt | None = None
     """Images that count as an epoch of the stream reader."""
@@ -800,8 +801,8 @@ def _check_stream(config: Config) -> None:
     data = config.data
     if data.epoch_images is None or config.head.num_classes is None:
         raise UserError("data.reader: stream needs data.epoch_images and head.num_classes")
-    if isinstance(data.train, Url):
-        raise UserError(f"data.train: data.reader=stream reads local folders, got {data.train}")
+    if isinstance(data.train, Url) and data.train.scheme == "pipe":
+        raise UserError(f"data.train: data.reader=stream reads folders and addresses, got {data.train}")
     wanted = {
         "sampler": data.sampler != "shuffled",
         "shuffle_window": data.shuffle_window is not None,

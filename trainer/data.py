@@ -15,19 +15,17 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from trainer.augment import Transform, random_state_kept, seed_generators
 from trainer.decode import decode
 from trainer.errors import UserError
 from trainer.index import ShardStore
 from trainer.ledger import BadSample, Ledger
-from trainer.order import Position, rank_positions, sample_key
-from trainer.samplers import Order, ShuffledOrder
+from trainer.order import Order, Position, rank_positions, sample_key
+from trainer.samplers import ShuffledOrder
 from trainer.signals import ignore_in_worker
 
 PADDING_LABEL = -1
@@ -132,7 +130,7 @@ def build_train_loader(
         with_digests=with_digests,
     )
     plan = _TrainPlan(order, global_batch, accumulation, rank, world_size, start)
-    batches = iter(_loader(samples, plan, workers))
+    batches = iter(build_loader(samples, plan, workers))
     return _steps(batches, start, global_batch, order.num_positions, ledger)
 
 
@@ -154,7 +152,7 @@ def build_eval_loader(
     """
     samples = _EvalSamples(_Reader(index, transform, channels, rank, None))
     plan = _EvalPlan(index.num_samples, -(-batch_size // world_size), rank, world_size)
-    return EvalLoader(_loader(samples, plan, workers))
+    return EvalLoader(build_loader(samples, plan, workers))
 
 
 class EvalLoader:
@@ -259,8 +257,10 @@ class _TrainSamples(Dataset[Batch | Failure]):
         self.replace, self.quarantine, self.with_digests = replace, quarantine, with_digests
 
     def __getitem__(self, items: list[_Item]) -> Batch | Failure:
-        if self.reader.index.store is not None:  # it keeps what is needed soon
-            self.reader.index.store.expect(items[0].epoch, items[0].position, self._order)
+        if (store := self.reader.index.store) is not None:  # it keeps and fetches what is needed soon
+            store.expect(items[0].epoch, items[0].position, self.order)
+            if (worker := get_worker_info()) is None or worker.id == 0:
+                store.fetch_ahead()
         contents = self.reader.read_many([item.sample for item in items])
         if isinstance(contents, Failure):
             return contents
@@ -308,9 +308,6 @@ class _TrainSamples(Dataset[Batch | Failure]):
         key = self.reader.index.member_name(sample)
         return BadSample(shard, offset, key, reason, item.epoch, item.position)
 
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        return self.order.of_epoch(epoch)(np.arange(self.order.num_positions))
-
 
 class _EvalSamples(Dataset[Batch | Failure]):
     """The "index" of this data set is the positions of a whole step."""
@@ -350,7 +347,8 @@ class _Images:
         self._filled += 1
 
 
-def _loader(steps: Dataset[Any], plan: Any, workers: int) -> DataLoader[Any]:
+def build_loader(steps: Dataset[Any], plan: Any, workers: int) -> DataLoader[Any]:
+    """Return torch's loader for whole batches that workers make; ``plan`` is None for an IterableDataset."""
     return DataLoader(
         steps,
         sampler=plan,

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.distributed import ProcessGroup
 
-from trainer.address import location
+from trainer.address import Url, location
 from trainer.augment import Transform, build_eval_transform, build_train_transform
 from trainer.backbone import image_size_of
 from trainer.cache import open_data_set
@@ -24,8 +24,8 @@ from trainer.errors import UserError
 from trainer.index import Index
 from trainer.ledger import Ledger, read_quarantine
 from trainer.mixture import Mixture, mix
-from trainer.order import Position
-from trainer.samplers import BalancedOrder, Order, ShuffledOrder, mixed, order_digest, weighted_by_class
+from trainer.order import Order, Position
+from trainer.samplers import BalancedOrder, ShuffledOrder, mixed, order_digest, weighted_by_class
 from trainer.stream import StreamSource, build_stream_loader, find_shards
 
 
@@ -42,7 +42,7 @@ class TrainingData:
     """Images of an epoch."""
     fingerprint: str
     """Of the data, and of what decides their order besides the seed."""
-    shards: tuple[Path, ...] = ()
+    shards: tuple[Path | Url, ...] = ()
     """Of the stream reader."""
 
 
@@ -124,9 +124,10 @@ def build_batches(
 def _open_stream(config: Config) -> TrainingData:
     assert config.head.num_classes is not None
     assert config.data.epoch_images is not None
-    assert isinstance(config.data.train, Path)
     shards = find_shards(config.data.train)
-    names = " ".join(f"{path.name} {path.stat().st_size}" for path in shards)
+    names = " ".join(
+        str(shard) if isinstance(shard, Url) else f"{shard.name} {shard.stat().st_size}" for shard in shards
+    )
     fingerprint = hashlib.sha256(names.encode()).hexdigest()
     return TrainingData(
         None, None, config.head.num_classes, (), config.data.epoch_images, fingerprint, shards
@@ -137,7 +138,7 @@ def _build_stream(
     config: Config, data: TrainingData, world: World, start: Position
 ) -> Generator[tuple[Batch, Position], None, None]:
     source = StreamSource(
-        paths=data.shards,
+        shards=data.shards,
         num_classes=data.num_classes,
         channels=config.backbone.channels,
         shuffle_buffer=config.data.stream_buffer,

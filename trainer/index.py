@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import UserError
+from trainer.order import Order
 
 VERSION = 1
 ARRAYS: dict[str, np.dtype[Any]] = {
@@ -64,8 +65,11 @@ class ShardStore(Protocol):
     def open(self, shard: Shard) -> int:
         """Return a descriptor to read from. Raises UserError if the shard cannot be had."""
 
-    def expect(self, epoch: int, position: int, order: Callable[[int], NDArray[np.int64]]) -> None:
-        """Tell which sample is read now: number ``position`` of ``order(epoch)``."""
+    def expect(self, epoch: int, position: int, order: Order) -> None:
+        """Tell which sample is read now: number ``position`` of an epoch of ``order``."""
+
+    def fetch_ahead(self) -> None:
+        """Begin to fetch what is read next, beside the reader; for one process of a rank."""
 
 
 def _open_file(path: str | Path) -> int:

@@ -12,19 +12,37 @@ The hash is our own because the streams of ``numpy.random.Generator`` and ``torc
 with their versions (NEP 19), and a resumed run must go on with the order it began with.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 Words = TypeVar("Words", int, NDArray[np.uint64])
+Integers = NDArray[np.int64]
+EpochOrder = Callable[[Integers], Integers]
+"""From positions_B within an epoch to samples_B."""
 
 _MASK = 0xFFFFFFFFFFFFFFFF
 # The first word of every key says what the key is for: no draw is used twice.
 _FOR_ORDER, _FOR_AUGMENTATION = 1, 2
 _FOR_REPLACEMENT = 3
 _FEISTEL_ROUNDS = 6
+
+
+class Order(Protocol):
+    """Which sample is at which position of an epoch (``trainer.samplers`` has them)."""
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of an epoch."""
+
+    def of_epoch(self, epoch: int) -> EpochOrder:
+        """Return the order of one epoch."""
+
+    def substitute(self, sample: int, epoch: int, position: int, attempt: int) -> int:
+        """Return the sample that takes the place of a bad one; ``attempt`` counts from 0."""
 
 
 def splitmix64(words: Words) -> Words:

@@ -35,6 +35,7 @@ TIMEOUT_SECONDS = 20.0  # to connect, and between two pieces
 LEAST_BYTES = 1 << 16  # that must come in that time: some servers drip
 ATTEMPTS = 6  # that bring less than this:
 PROGRESS_BYTES = 16 << 20
+STREAM_PROGRESS_BYTES = 1 << 20  # the same for a file of unknown size
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 8.0
 LONGEST_SILENCE_SECONDS = ATTEMPTS * (2 * TIMEOUT_SECONDS + LONGEST_PAUSE_SECONDS)
 """A download that has not grown for so long has ended, one way or another."""
@@ -85,9 +86,37 @@ def download_small(url: Url, path: Path, field: str, *, limit: int) -> None:
     _persist(attempt, path, f"{field}: {url}", enough=limit)
 
 
+def stream(url: Url, field: str) -> Chunks:
+    """Yield the bytes of the file at ``url`` as they come, without keeping them; go on after a cut.
+
+    There is no hash to judge them by. Raises UserError, beginning with ``field``, if the file cannot be had.
+    """
+    patience, done = _Patience(f"{field}: {url}"), 0
+    while True:
+        before = done
+        try:
+            for chunk in _arriving(_chunks(url, done, None)):
+                done += len(chunk)
+                yield chunk
+            return
+        except (_RefusedError, _WrongError) as error:  # what was handed out cannot be begun anew
+            raise UserError(f"{field}: {url}: {error}") from None
+        except _LostError as error:
+            patience.spend(error, int(done - before < STREAM_PROGRESS_BYTES))
+
+
+def progress_of(path: Path) -> Any:
+    """Return something that changes as long as a download goes on."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 def _persist(attempt: Callable[[], None], path: Path, what: str, enough: int) -> None:
     """Try until it succeeds; an attempt that brings ``enough`` bytes is free, the others are counted."""
-    failures = 0
+    patience = _Patience(what)
     while True:
         before = _size(path)
         try:
@@ -96,32 +125,51 @@ def _persist(attempt: Callable[[], None], path: Path, what: str, enough: int) ->
             raise UserError(f"{what}: {error}") from None
         except _WrongError as error:
             path.unlink(missing_ok=True)
-            reason, cost = str(error), 2  # the whole file, for nothing
+            patience.spend(error, 2)  # the whole file, for nothing
         except _LostError as error:
-            reason, cost = str(error), int(_size(path) - before < enough)
+            patience.spend(error, int(_size(path) - before < enough))
         except OSError as error:  # of the disk
             raise UserError(f"{what}: cannot write {path}: {error.strerror}") from None
-        failures += cost
-        if failures >= ATTEMPTS:
-            raise UserError(f"{what}: {reason}; gave up after several attempts")
-        pause = min(LONGEST_PAUSE_SECONDS, PAUSE_SECONDS * 2**failures)
+
+
+class _Patience:
+    """What is left of the attempts at one file, with longer and longer pauses between them."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._failures = what, 0
+
+    def spend(self, reason: Exception, cost: int) -> None:
+        """Pause before the next attempt. Raises UserError if there is none."""
+        self._failures += cost
+        if self._failures >= ATTEMPTS:
+            raise UserError(f"{self._what}: {reason}; gave up after several attempts")
+        pause = min(LONGEST_PAUSE_SECONDS, PAUSE_SECONDS * 2**self._failures)
         time.sleep(pause * random.SystemRandom().uniform(0.5, 1))  # the seeded generator is for augmentation
 
 
-def _write(path: Path, mode: Literal["ab", "wb"], chunks: Chunks, limit: int) -> None:
-    """Write or append pieces until the file has ``limit`` bytes or they end."""
-    with closing(chunks), path.open(mode) as file:
-        while file.tell() < limit:
+def _arriving(chunks: Chunks) -> Chunks:
+    """Pass pieces on; raise _LostError for whatever cuts a connection."""
+    with closing(chunks):
+        while True:
             try:
                 chunk = next(chunks, None)
             except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: an odd redirect
                 raise _LostError(_reason(error)) from None
             if chunk is None:
-                break
+                return
+            yield chunk
+
+
+def _write(path: Path, mode: Literal["ab", "wb"], chunks: Chunks, limit: int) -> None:
+    """Write or append pieces until the file has ``limit`` bytes or they end."""
+    with closing(_arriving(chunks)) as arriving, path.open(mode) as file:
+        for chunk in arriving:
             file.write(chunk[: limit - file.tell()])
             file.flush()  # a kill leaves it to the next attempt, and who waits sees it grow
             if not chunk:  # skipped
                 os.utime(path)
+            if file.tell() >= limit:
+                break
         os.fsync(file.fileno())
 
 

@@ -11,36 +11,27 @@ Dimensions: N samples, C classes, B positions asked for, G groups of an epoch.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import UserError
-from trainer.order import epoch_key, epoch_order, fold, replacement_key, scattered, splitmix64
-
-Integers = NDArray[np.int64]
-EpochOrder = Callable[[Integers], Integers]
-"""From positions_B within an epoch to samples_B."""
+from trainer.order import (
+    EpochOrder,
+    Integers,
+    Order,
+    epoch_key,
+    epoch_order,
+    fold,
+    replacement_key,
+    scattered,
+    splitmix64,
+)
 
 MAX_SORTED = 20_000_000  # above, sorting costs seconds and gigabytes an epoch, on every rank
-
-
-class Order(Protocol):
-    """What a loader needs of an order."""
-
-    @property
-    def num_positions(self) -> int:
-        """Positions of an epoch."""
-
-    def of_epoch(self, epoch: int) -> EpochOrder:
-        """Return the order of one epoch."""
-
-    def substitute(self, sample: int, epoch: int, position: int, attempt: int) -> int:
-        """Return the sample that takes the place of a bad one; ``attempt`` counts from 0."""
 
 
 @dataclass(frozen=True)

@@ -299,55 +299,22 @@ def webdataset_loader(folder: Path, decode_image: Callable[[Any], Any] | None, s
     return decoded.map_tuple(decode_image, int)
 
 
-def stream_samples(paths: Iterable[Path], shuffle_buffer: int, key: int) -> Iterator[tuple[str, bytes, int]]:
-    """Yield (shard and key, image bytes, label) of shards as they come, through webdataset's pipeline.
+def webdataset_samples(
+    opened: Iterable[dict[str, Any]], shuffle_buffer: int, key: int
+) -> Iterator[dict[str, Any]]:
+    """Yield the samples of opened tars ("url", "stream") through webdataset's pipeline, members by extension.
 
-    ``key`` seeds the shuffling of so many samples. Raises UserError naming the shard that is truncated or
-    broken, or the sample that lacks its image or its label: webdataset would end or go on without a word.
+    ``key`` seeds the shuffling of so many samples.
     """
     import webdataset
 
-    current = [Path()]
-
-    def opened() -> Iterator[dict[str, Any]]:
-        for path in paths:
-            current[0] = path
-            require_end(path)
-            with path.open("rb") as stream:  # not by its name, which webdataset might take for a command
-                yield {"url": str(path), "stream": stream}
-
-    files = webdataset.tariterators.tar_file_expander(opened())
+    files = webdataset.tariterators.tar_file_expander(opened)
     samples = webdataset.tariterators.group_by_keys(files)
-    mixed = webdataset.shuffle(shuffle_buffer, initial=shuffle_buffer // 2, rng=random.Random(key))(samples)
-    try:
-        for sample in mixed:
-            yield _streamed(sample)
-    except (tarfile.TarError, ValueError, OSError) as error:
-        raise UserError(
-            f"{current[0]}: truncated or not a tar: {' '.join(str(error.args[0]).split())}"
-        ) from None
+    return webdataset.shuffle(shuffle_buffer, initial=shuffle_buffer // 2, rng=random.Random(key))(samples)
 
 
-def require_end(path: Path) -> None:
-    """Raise UserError unless a tar ends with two zero blocks: what is cut off would not be missed."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 2 * tarfile.BLOCKSIZE))
-            last = file.read()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from None
-    if len(last) < 2 * tarfile.BLOCKSIZE or last.count(0) != len(last):
-        raise UserError(f"{path}: truncated: no end of archive")
+def expand_braces(address: str) -> list[str]:
+    """Return the addresses that one with braces stands for, as webdataset has them: set-{000..146}.tar."""
+    import webdataset
 
-
-def _streamed(sample: dict[str, Any]) -> tuple[str, bytes, int]:
-    where = f"{sample['__url__']}, sample {ascii(sample['__key__'])[1:-1]}"
-    images = [sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample]
-    if len(images) != 1 or "cls" not in sample:
-        raise UserError(
-            f"{where}: needs one image and cls, it has {sorted(k for k in sample if k[0] != '_')}"
-        )
-    if not re.fullmatch(rb"\s*\d{1,20}\s*", sample["cls"]):
-        raise UserError(f"{where}: label must be an integer, it is {ascii(sample['cls'][:32])[1:]}")
-    return where, images[0], int(sample["cls"])
+    return webdataset.shardlists.expand_urls(address)

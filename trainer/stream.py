@@ -5,26 +5,37 @@ on all ranks whatever the shards hold, and nothing can hang. The shards of a pas
 changes from pass to pass, dealt to all workers of all ranks; if there are fewer shards than workers, each
 worker goes through all of them in an order of its own.
 
+Remote shards are not kept: each reader has one of them on its way, and goes on after a cut where it was.
+
 What it does not promise, and the indexed reader does: an epoch is a number of images, not every image once;
 batches depend on the number of ranks and workers; a run that is resumed goes on with other images.
 """
 
+import io
 import itertools
-from collections.abc import Generator, Iterator, Sequence
+import re
+import tarfile
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
+from trainer.address import Url
 from trainer.augment import Transform, seed_generators
-from trainer.data import Batch, Failure, batches_or_error
+from trainer.data import Batch, Failure, batches_or_error, build_loader
 from trainer.decode import decode
 from trainer.errors import UserError
 from trainer.order import Position, epoch_order, fold
-from trainer.shards import require_end, stream_samples
+from trainer.remote import stream
+from trainer.remote_index import fetch_head
+from trainer.shards import expand_braces, webdataset_samples
+from trainer.tars import END_BYTES, IMAGE_EXTENSIONS, require_end
 
+FIELD = "data.train"
 _FOR_STREAM = 4  # see trainer.order: no draw is used twice
 
 
@@ -32,7 +43,7 @@ _FOR_STREAM = 4  # see trainer.order: no draw is used twice
 class StreamSource:
     """What is read, and how."""
 
-    paths: tuple[Path, ...]
+    shards: tuple[Path | Url, ...]
     num_classes: int
     channels: int
     shuffle_buffer: int
@@ -40,14 +51,30 @@ class StreamSource:
     seed: int
 
 
-def find_shards(folder: Path) -> tuple[Path, ...]:
-    """Return the tars of a folder. Raises UserError if there are none, or for one that is truncated."""
-    paths = tuple(sorted(folder.glob("*.tar")))
+def find_shards(place: Path | Url) -> tuple[Path | Url, ...]:
+    """Return the tars of a folder, or those that an address stands for.
+
+    An address is that of a tar, or of several in braces (.../set-{000..146}.tar), else of a folder whose
+    index/index.json names them. Raises UserError if there are none, or for a local one that is truncated.
+    """
+    if isinstance(place, Url):
+        return _remote_shards(place)
+    paths = tuple(sorted(place.glob("*.tar")))
     if not paths:
-        raise UserError(f"data.train: {folder} holds no .tar file")
+        raise UserError(f"{FIELD}: {place} holds no .tar file")
     for path in paths:
         require_end(path)
     return paths
+
+
+def _remote_shards(place: Url) -> tuple[Url, ...]:
+    parts = urlsplit(place.secret)
+    if not parts.path.endswith(".tar"):
+        return tuple(place.file(shard["name"]) for shard in fetch_head(place, FIELD)["shards"])
+    try:
+        return tuple(Url(urlunsplit(parts._replace(path=path))) for path in expand_braces(parts.path))
+    except ValueError as error:
+        raise UserError(f"{FIELD}: {place}: {error}") from None
 
 
 def build_stream_loader(
@@ -68,11 +95,8 @@ def build_stream_loader(
     if global_batch % world_size:
         raise UserError(f"data.batch_size is {global_batch}, which is not divisible by {world_size} ranks")
     stream = _Stream(source, transform, global_batch // world_size, rank, world_size, start)
-    loader = DataLoader(
-        stream, batch_size=None, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator()
-    )
     position = start.normalised(global_batch, epoch_images)
-    for batch in batches_or_error(iter(loader)):
+    for batch in batches_or_error(iter(build_loader(stream, None, workers))):
         position = position.advance(global_batch, epoch_images)
         yield batch, position
 
@@ -95,8 +119,8 @@ class _Stream(IterableDataset[Batch | Failure]):
         workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
         reader, readers = self.rank * workers + own, self.world_size * workers
         key = fold(_FOR_STREAM, self.source.seed, self.start.epoch, self.start.consumed, reader)
-        shards = shards_of_reader(self.source.paths, self.source.seed, self.start, reader, readers)
-        samples = stream_samples(shards, self.source.shuffle_buffer, key)
+        shards = shards_of_reader(self.source.shards, self.source.seed, self.start, reader, readers)
+        samples = _samples(shards, self.source.shuffle_buffer, key)
         try:
             for step in itertools.count():
                 yield self._make_batch(list(itertools.islice(samples, self.batch)), fold(key, step))
@@ -121,17 +145,86 @@ class _Stream(IterableDataset[Batch | Failure]):
 
 
 def shards_of_reader(
-    paths: Sequence[Path], seed: int, start: Position, reader: int, readers: int
-) -> Iterator[Path]:
+    shards: Sequence[Path | Url], seed: int, start: Position, reader: int, readers: int
+) -> Iterator[Path | Url]:
     """Yield the shards that one of all readers (workers of ranks) reads, pass after pass, for ever."""
     key = fold(_FOR_STREAM, seed, start.epoch, start.consumed)
     for turn in itertools.count():
-        if len(paths) >= readers:
-            chosen = epoch_order(len(paths), key, turn)[reader::readers]
+        if len(shards) >= readers:
+            chosen = epoch_order(len(shards), key, turn)[reader::readers]
         else:
-            chosen = epoch_order(len(paths), fold(key, reader), turn)
-        yield from (paths[i] for i in chosen.tolist())
+            chosen = epoch_order(len(shards), fold(key, reader), turn)
+        yield from (shards[i] for i in chosen.tolist())
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _samples(shards: Iterable[Path | Url], shuffle_buffer: int, key: int) -> Iterator[tuple[str, bytes, int]]:
+    """Yield (shard and key, image bytes, label) of shards as they come.
+
+    Raises UserError naming the shard that is truncated or broken or cannot be had, or the sample that lacks
+    its image or its label: webdataset would end or go on without a word.
+    """
+    current: list[Path | Url] = [Path()]
+
+    def opened() -> Iterator[dict[str, Any]]:
+        for shard in shards:
+            current[0] = shard
+            with _opened(shard) as file:  # not by its name, which webdataset might take for a command
+                yield {"url": str(shard), "stream": file}
+                if isinstance(file.raw, _Arriving):
+                    while file.read(1 << 18):  # what fills up the last blocks
+                        pass
+                    if file.raw.last != bytes(END_BYTES):
+                        raise UserError(f"{shard}: truncated: no end of archive")
+
+    try:
+        for sample in webdataset_samples(opened(), shuffle_buffer, key):
+            yield _parts(sample)
+    except UserError as error:  # to whose arguments webdataset adds
+        raise UserError(str(error.args[0]).partition(" @ <")[0]) from None
+    except (tarfile.TarError, ValueError, OSError) as error:
+        raise UserError(
+            f"{current[0]}: truncated or not a tar: {' '.join(str(error.args[0]).split())}"
+        ) from None
+
+
+def _opened(shard: Path | Url) -> io.BufferedReader:
+    if isinstance(shard, Url):
+        return io.BufferedReader(_Arriving(stream(shard, FIELD)), 1 << 18)
+    require_end(shard)
+    return shard.open("rb")
+
+
+class _Arriving(io.RawIOBase):
+    """A file of pieces as they come, which knows its last bytes so far."""
+
+    def __init__(self, pieces: Generator[bytes, None, None]) -> None:
+        self._pieces = pieces
+        self._rest = memoryview(b"")
+        self.last = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._rest:
+            self._rest = memoryview(next(filter(None, self._pieces), b""))
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        self.last = (self.last + bytes(buffer[max(0, count - END_BYTES) : count]))[-END_BYTES:]
+        return count
+
+    def close(self) -> None:
+        self._pieces.close()
+        super().close()
+
+
+def _parts(sample: dict[str, Any]) -> tuple[str, bytes, int]:
+    where = f"{sample['__url__']}, sample {ascii(sample['__key__'])[1:-1]}"
+    images = [sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample]
+    if len(images) != 1 or "cls" not in sample:
+        raise UserError(
+            f"{where}: needs one image and cls, it has {sorted(k for k in sample if k[0] != '_')}"
+        )
+    if not re.fullmatch(rb"\s*\d{1,20}\s*", sample["cls"]):
+        raise UserError(f"{where}: label must be an integer, it is {ascii(sample['cls'][:32])[1:]}")
+    return where, images[0], int(sample["cls"])

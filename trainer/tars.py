@@ -19,6 +19,7 @@ MAX_LABEL = 2**31 - 1
 MAX_IMAGE_BYTES = 1 << 26  # as in trainer.index
 MAX_HEADER = 1 << 14  # bytes of one extended header: long names, attributes
 MAX_EMPTY_READS = 8
+END_BYTES = 2 * tarfile.BLOCKSIZE  # of zeros, at least, follow the last member
 
 # As webdataset splits: the key ends at the first dot of the last path component.
 _MEMBER = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
@@ -67,6 +68,19 @@ def scan_tar(path: Path) -> Iterator[TarSample]:
         raise UserError(f"{path}: truncated or not a tar: {reason}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from None
+
+
+def require_end(path: Path) -> None:
+    """Raise UserError unless a tar ends with two zero blocks: what is cut off would not be missed."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - END_BYTES))
+            last = file.read()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror}") from None
+    if last != bytes(END_BYTES):
+        raise UserError(f"{path}: truncated: no end of archive")
 
 
 class _Headers:
@@ -129,5 +143,5 @@ def _check_end(path: Path, file: BinaryIO, end: int) -> None:
         size += len(chunk)
         if chunk.count(0) != len(chunk):
             raise UserError(f"{path}: broken header, or another tar glued on, at byte {end}")
-    if size < 2 * tarfile.BLOCKSIZE:
+    if size < END_BYTES:
         raise UserError(f"{path}: truncated: no end of archive at byte {end}")

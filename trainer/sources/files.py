@@ -72,9 +72,10 @@ def read_text(path: Path) -> str:
 
 
 def _folder_files(root: Path) -> Files:
-    names = [
-        (folder / file).relative_to(root).as_posix() for folder, _, files in walk(root) for file in files
-    ]
+    names = []
+    for folder, _, files in walk(root):
+        below = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
+        names += [below + file for file in files]
     return Files(root, names, lambda name: read_file(root / name))
 
 

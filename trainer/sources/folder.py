@@ -58,7 +58,7 @@ def read_from(files: Files, images: list[str], classes: list[str], skipped: int 
 
     def read(i: int) -> tuple[bytes, str]:
         name = images[i]
-        return packable(files.read(name), extension_of(name), str(files.root / name))
+        return packable(files.read(name), extension_of(name), f"{files.root}/{name}")
 
     origins = [files.root / name for name in images] if files.root.is_dir() else files.origins
     return Source(classes, read, skipped, origins)
