@@ -93,6 +93,7 @@ level 0
     signals        being told to stop: a scheduler's signal, or a launcher that is gone
     heartbeat      who is still there, and where: names the ranks that a failed run lost
     schedule       the learning rate by step
+    regions        the parts of a person around the head, as they are cut out
     page           the page of a report: HTML and CSS in one file, for light and dark
     address        where a data set is: a folder, or a URL shown without its credentials
     errors         the one error that is the user's to mend
