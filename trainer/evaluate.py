@@ -2,7 +2,7 @@
 
 Three kinds of sets: *classification* of classes the head knows, by its own rows; *verification* of classes it
 has never seen: are two images of the same class, and is the nearest neighbour? And *protocols* of
-``trainer/judge.py``, which bring their own sets.
+``trainer/judge``, which bring their own sets.
 
 Legend: N images of a set, B of a batch over all ranks, D width of the embedding, C classes of this rank.
 """
