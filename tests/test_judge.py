@@ -457,7 +457,10 @@ def test_the_command_judges_embeddings_without_a_model(
             "--ways: the protocol pairs has no use for it",
         ),
         (("--protocol", "pairs", "--data", "{root}/lfw"), "--data: holds images, not embeddings: name a run"),
-        (("nowhere", "--protocol", "open_set", "--data", "x"), "nowhere: holds no complete checkpoint"),
+        (
+            ("nowhere", "--protocol", "open_set", "--data", "x"),
+            "nowhere: neither a run folder nor a checkpoint",
+        ),
         (("--protocol", "open_set", "--data", "{root}/none"), "--data: {root}/none is not a folder"),
         (("{root}/x.onnx", "--protocol", "open_set", "--data", "x"), "{root}/x.onnx: cannot open as ONNX"),
     ],

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from small_run import make_run, pack_photos
 
-from trainer import page, report
-from trainer.compare import report as write
+from trainer import hardpairs, page
 from trainer.errors import UserError
-from trainer.report import hardest_pairs
+from trainer.hardpairs import hardest_pairs
+from trainer.report import report as write
 
 VOID = {"meta", "img", "br", "link", "input", "path", "use", "image", "rect", "stop"}
 
@@ -80,7 +80,7 @@ does a class need images?|train.py x=1|embedding_dim: 12"""
 
 
 def test_hardest_pairs_equal_brute_force(monkeypatch):
-    monkeypatch.setattr(report, "_BLOCK", 7)
+    monkeypatch.setattr(hardpairs, "_BLOCK", 7)
     generator = torch.Generator().manual_seed(0)
     x_ND = F.normalize(torch.randn(30, 5, generator=generator))
     labels_N = torch.randint(0, 4, (30,), generator=generator)

@@ -14,6 +14,7 @@ level 7
 level 6
     evaluate       a model on test sets: all ranks embed, all share the comparisons
     update         what every step has around the joint step: randomness, rate, an eye on its numbers
+    models         a trained model wherever it lies: opened, judged by a protocol, made to embed
     warm_start     where a new run's weights come from, if not from the seed
     resume         going on from a checkpoint: which one, whether this run may, what has changed
     sheet          what a run is about to do, told before it starts
@@ -63,6 +64,7 @@ level 2
     protocols      published ways to judge features, one file each, beside its definition
 level 1
     diagnostics    near centroids, weak classes, effective rank: a head and its embeddings from inside
+    hardpairs      the images a model finds hardest: one class yet far apart, two yet close
     health         are weights equal and numbers finite on all ranks; and what if not
     ledger         samples that could not be used: written down, limited, skipped when known
     samplers       which sample is at which position: shuffled, balanced, weighted, mixed

@@ -58,6 +58,40 @@ class ClassResult:
     """The class that most of its images are nearest to, besides itself."""
 
 
+@dataclass(frozen=True)
+class HeadView:
+    """What the head looks like inside, found by all ranks together."""
+
+    neighbours: Neighbours
+    classes: dict[str, list[ClassResult]]
+    """Of every test set of classes that the head knows: worst first."""
+    class_names: tuple[str, ...]
+    metrics: dict[str, float]
+
+
+def view_head(
+    head: Any, results: Sequence[Any], class_names: Sequence[str], known: Sequence[str]
+) -> HeadView:
+    """Look at the head and at the sets named in ``known``; every rank must call it, with equal results.
+
+    ``results`` are ``evaluate.SetResult``; those without images, which protocols are, are passed over.
+    """
+    neighbours = centroid_neighbours(head)
+    metrics, classes = dict(neighbours.metrics), {}
+    label_of = {name: label for label, name in enumerate(class_names)}
+    for result in (each for each in results if len(each.labels_N)):
+        metrics[f"eval/{result.name}/effective_rank"] = effective_rank(result.embeddings_ND)
+        if result.name in known:
+            labels_N = result.labels_N
+            if class_names and result.class_names:
+                labels_N = torch.tensor([label_of[name] for name in result.class_names])[labels_N]
+            device = next(head.parameters()).device
+            classes[result.name] = class_results(
+                head, result.embeddings_ND.to(device), labels_N.to(device), class_names
+            )
+    return HeadView(neighbours, classes, tuple(class_names), metrics)
+
+
 @torch.no_grad()
 def nearest_classes(head: Any, features_PD: Tensor, classes_P: Tensor) -> Nearest:
     """Compare unit features with all rows of the head, whose owners they may be. Every rank must call it."""

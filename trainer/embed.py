@@ -30,7 +30,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trainer.augment import build_eval_transform
+from trainer.backbone import image_size_of
 from trainer.collectives import concatenate_over, from_main, wait_for_all
+from trainer.config import Config
 from trainer.decode import decode
 from trainer.distributed import World
 from trainer.errors import UserError
@@ -56,6 +58,15 @@ class Reading:
     """Add the embedding of the mirror image."""
     skip_broken: bool = False
     """Leave out an image that cannot be decoded, instead of ending with its name."""
+
+
+def reading_of(config: Config) -> Reading:
+    """Return how the images of a run's model are read."""
+    return Reading(
+        image_size=image_size_of(config.backbone),
+        channels=config.backbone.channels,
+        workers=config.data.workers,
+    )
 
 
 class Embedded(NamedTuple):
