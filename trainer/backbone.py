@@ -239,8 +239,8 @@ def open_timm(folder: Path) -> tuple[Backbone, int, int]:
     channels, height, width = data["input_size"]
     if height != width or data["crop_pct"] != 1:
         raise UserError(
-            f"{folder / 'config.json'}: input {height} x {width}, crop_pct {data['crop_pct']}: a square and 1.0 "
-            "are needed, as images here are scaled to the input's side and cropped in the centre"
+            f"{folder / 'config.json'}: input is {height} x {width} and crop_pct {data['crop_pct']}, not a "
+            "square and 1.0: images here are scaled to the input's side and cropped in the centre"
         )
     dim = network.num_classes or network.num_features
     return Backbone(network, nn.Identity(), dim, data["mean"], data["std"]), height, channels

@@ -23,7 +23,7 @@ from trainer.backbone import image_size_of
 from trainer.cache import open_data_set
 from trainer.config import Config
 from trainer.decode import decode
-from trainer.diagnostics import HeadView, view_head
+from trainer.diagnostics import WORST, ClassResult, HeadView, view_head
 from trainer.distributed import joined_world
 from trainer.errors import UserError
 from trainer.evaluate import EvalSets, SetResult, curves_of
@@ -38,7 +38,8 @@ FILE = "report.html"
 MAX_IMAGES = 20_000
 """Of a larger set this many, evenly spaced, are searched for pairs: 0.4 G cosines, seconds."""
 MAX_TSNE = 1500
-_MAP_IMAGES, _PAIRS, _STRIPS, _SHOWN, _WORST = 5000, 8, 6, 7, 12
+_MAP_IMAGES, _PAIRS, _STRIPS, _SHOWN = 5000, 8, 6, 7
+_WORST_COLUMNS = ("class", "images", "loss", "accuracy", "cosine", "margin", "most taken for")
 _LOGARITHMIC = ("train/loss", "train/grad_norm")
 
 
@@ -86,8 +87,7 @@ def tables_of_head(view: HeadView) -> Iterator[tuple[str, list[str | int], list[
     """Yield (name, columns, rows) of what is known of the head alone."""
     yield "near-classes", ["cosine", "class", "nearest other"], [list(row) for row in _near_classes(view)]
     for name, classes in view.classes.items():
-        rows = [[c.name, c.images, c.accuracy, c.cosine, c.margin, c.taken_for] for c in classes[:_WORST]]
-        yield f"worst-classes-{name}", ["class", "images", "accuracy", "cosine", "margin", "taken for"], rows
+        yield f"worst-classes-{name}", list(_WORST_COLUMNS), [list(row) for row in _worst(classes)]
 
 
 def _tiles(results: Sequence[SetResult], view: HeadView) -> list[tuple[str, str]]:
@@ -233,6 +233,12 @@ def _near_classes(view: HeadView) -> Iterator[tuple[float, str, str]]:
         yield cosine, names[a] if names else str(a), names[b] if names else str(b)
 
 
+def _worst(classes: Sequence[ClassResult]) -> Iterator[tuple[str | float, ...]]:
+    for c in classes[:WORST]:
+        assert c.loss is not None
+        yield c.name, c.images, c.loss, c.accuracy, c.cosine, c.margin, c.taken_for
+
+
 def _classes(config: Config, view: HeadView) -> Html:
     """Show the classes that are close, those that are weak, and what the number of images does."""
     if config.data.reader == "stream" or config.data.mix:
@@ -266,10 +272,12 @@ def _classes(config: Config, view: HeadView) -> Html:
     sizes = np.bincount(index.labels_N, minlength=index.num_classes)
     label_of = {name: label for label, name in enumerate(view.class_names)}
     for name, classes in view.classes.items():
-        columns = ("class", "images", "accuracy", "cosine", "margin", "most taken for")
-        worst = [(c.name, c.images, c.accuracy, c.cosine, c.margin, c.taken_for) for c in classes[:_WORST]]
         note = "Margin: mean cosine to the own centroid less that of the nearest other."
-        parts += [page.heading(f"Weakest classes of {name}"), page.note(note), page.table(columns, worst)]
+        parts += [
+            page.heading(f"Weakest classes of {name}"),
+            page.note(note),
+            page.table(_WORST_COLUMNS, _worst(classes)),
+        ]
         images = [int(sizes[label_of[c.name]]) for c in classes if view.class_names]
         if len(set(images)) > 1:
             margins, title = [c.margin for c in classes], f"{name}: does a class need images?"
