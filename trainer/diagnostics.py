@@ -7,6 +7,7 @@ every rank with its own. Legend: P probes, T rows of a tile, K classes, B images
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -185,12 +186,8 @@ def class_results(
         )
     ]
     ranked = sorted(zip(results, classes, strict=True), key=lambda r: (r[0].accuracy, r[0].margin))
-    return [
-        dataclasses.replace(result, loss=_loss_of(head, embeddings_ND, labels_N, label))
-        if i < WORST
-        else result
-        for i, (result, label) in enumerate(ranked)
-    ]
+    losses = [_loss_of(head, embeddings_ND, labels_N, label) for _, label in ranked[:WORST]]
+    return [dataclasses.replace(each, loss=loss) for (each, _), loss in zip_longest(ranked, losses)]
 
 
 def _loss_of(head: Any, embeddings_ND: Tensor, labels_N: Tensor, label: Tensor) -> float:

@@ -273,11 +273,8 @@ def _classes(config: Config, view: HeadView) -> Html:
     label_of = {name: label for label, name in enumerate(view.class_names)}
     for name, classes in view.classes.items():
         note = "Margin: mean cosine to the own centroid less that of the nearest other."
-        parts += [
-            page.heading(f"Weakest classes of {name}"),
-            page.note(note),
-            page.table(_WORST_COLUMNS, _worst(classes)),
-        ]
+        parts += [page.heading(f"Weakest classes of {name}"), page.note(note)]
+        parts.append(page.table(_WORST_COLUMNS, _worst(classes)))
         images = [int(sizes[label_of[c.name]]) for c in classes if view.class_names]
         if len(set(images)) > 1:
             margins, title = [c.margin for c in classes], f"{name}: does a class need images?"
