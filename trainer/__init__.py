@@ -10,6 +10,7 @@ level 8
     loop           a run from configuration to result: train() on one screen
     compare        finished runs side by side: one table, one picture
 level 7
+    benchmark_judge what judging costs on this machine: all pairs, a million distractors
     report         what a run learned and where it errs, as one file for a browser
 level 6
     evaluate       a model on test sets: all ranks embed, all share the comparisons

@@ -129,7 +129,7 @@ def write_embeddings(
         "num_images": len(images), "dtype": dtype, "rows_per_file": rows_per_file, "num_files": len(files),
         "flip_sum": reading.flip_sum, **origin,
     }  # fmt: skip
-    failure = from_main(_claim(out, summary, images.class_names) if world.is_main else None, world.group)
+    failure = from_main(claim(out, summary, images.class_names) if world.is_main else None, world.group)
     if failure:
         raise UserError(failure)
     missing = [(number, start) for number, start in files if not _file(out, "embeddings", number).is_file()]
@@ -273,7 +273,7 @@ def _load(batches: list[range], images: ImageSet, reading: Reading) -> Iterable[
     )
 
 
-def _claim(out: Path, summary: dict[str, Any], class_names: Sequence[str]) -> str | None:
+def claim(out: Path, summary: dict[str, Any], class_names: Sequence[str]) -> str | None:
     """Write the summary; return what is wrong if another is there. Rank 0 only."""
     path = out / SUMMARY
     try:
@@ -299,7 +299,7 @@ def _file(out: Path, kind: str, number: int) -> Path:
 def _write_file(
     out: Path, number: int, images: ImageSet, rows: range, parts: list[Embedded], dtype: np.dtype[Any]
 ) -> None:
-    """Write the four files of some rows; the embeddings come last, and make them count."""
+    """Write the files of some rows, NaN where an image could not be decoded. Raises UserError."""
     if not parts:
         raise UserError(f"{images.field}: none of images {rows.start} to {rows.stop} can be decoded")
     table: NDArray[Any] = np.full((len(rows), parts[0].embeddings_ND.shape[1]), np.nan, dtype=dtype)
@@ -312,14 +312,23 @@ def _write_file(
             raise UserError(
                 f"--dtype: an embedding does not fit {dtype}: take float32, or the model has diverged"
             )
-    labels_N = images.labels_N[rows.start : rows.stop]
-    keys = [images.keys[i] for i in rows]
+    keys, failed_keys = [images.keys[i] for i in rows], [images.keys[i] for i in sorted(failed)]
+    write_rows(out, number, table, images.labels_N[rows.start : rows.stop], keys, failed_keys)
+
+
+def write_rows(
+    out: Path,
+    number: int,
+    table_ND: NDArray[Any],
+    labels_N: NDArray[np.int64],
+    keys: Iterable[str],
+    failed_keys: Iterable[str] = (),
+) -> None:
+    """Write the four files of some rows; the embeddings come last, and make them count."""
     _replace(_file(out, "keys", number), lambda file: file.write(_lines(keys)))
-    _replace(
-        _file(out, "failed", number), lambda file: file.write(_lines(images.keys[i] for i in sorted(failed)))
-    )
+    _replace(_file(out, "failed", number), lambda file: file.write(_lines(failed_keys)))
     _replace(_file(out, "labels", number), lambda file: np.save(file, labels_N, allow_pickle=False))
-    _replace(_file(out, "embeddings", number), lambda file: np.save(file, table, allow_pickle=False))
+    _replace(_file(out, "embeddings", number), lambda file: np.save(file, table_ND, allow_pickle=False))
 
 
 def _lines(texts: Iterable[str]) -> bytes:
