@@ -75,7 +75,7 @@ def test_a_verification_bin_has_the_figures_of_the_pairs_it_was_made_of(lfw: Pat
 
 def test_market_1501_packed_gives_the_figures_of_its_file_names(tmp_path: Path) -> None:
     queries = [(person, camera) for person in (1, 2, 3, 4) for camera in (1, 2)]
-    gallery = [(person, 1 + i % 3) for i, person in enumerate([-1, 0, 1, 2, 3, 4] * 4)]
+    gallery = [(person, 1 + i // 6 % 3) for i, person in enumerate([-1, 0, 1, 2, 3, 4] * 4)]
     places = {"query": (queries, 0), "bounding_box_test": (gallery, 50)}
     for folder, (seen, first) in places.items():
         for i, (person, camera) in enumerate(seen, first):

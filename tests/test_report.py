@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from small_run import make_run, pack_photos
 
@@ -118,6 +119,7 @@ def test_a_run_without_a_checkpoint_is_refused_in_one_line(run, tmp_path):
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         write(tmp_path)
+    dist.destroy_process_group()  # a failed command leaves its group to the end of the process
 
 
 def test_metrics_of_the_head_have_names_of_their_area(run):
