@@ -111,6 +111,14 @@ def test_torch_export_gives_the_same(run, data):
     torch.testing.assert_close(program(pixels), expected_features(run, images), rtol=0, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_torchscript_gives_the_same(run, data):
+    images = images_of(data)
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+    program = torch.jit.load(run / "export" / "model.ts")
+    torch.testing.assert_close(program(pixels), expected_features(run, images), rtol=0, atol=1e-6)
+
+
 def test_centroids_are_the_unit_rows_in_the_order_of_the_names(run):
     out = run / "export"
     found = load_file(out / "centroids.safetensors")

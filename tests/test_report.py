@@ -48,7 +48,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "log.txt").write_text(
         "07:00:00 run sheet\n  run      a\n  command  train.py x=1\n07:00:01 step 1/7\n"
     )
-    assert write(run, ["eval.batch_size=8"]) == run / "report.html"
+    few_shot = json.dumps({"few": {"protocol": "few_shot", "data": str(data), "ways": 3, "episodes": 5}})
+    assert write(run, ["eval.batch_size=8", f"eval.protocols={few_shot}"]) == run / "report.html"
     return run
 
 
@@ -71,6 +72,7 @@ def test_the_file_is_well_formed_and_needs_no_other(run):
 def test_it_tells_results_curves_pairs_classes_and_how_it_was_made(run):
     text = (run / "report.html").read_text()
     parts = """same: accuracy|pairs: rank1|effective_rank|train/loss|Verification|cosine_nearest_mean|t-SNE
+few: accuracy|Identification|at rank 50|<th>loss</th>
 yet far apart|yet close|nearest neighbours|principal axes|Classes that may be one|Weakest classes of same
 does a class need images?|train.py x=1|embedding_dim: 12"""
     for part in parts.replace("\n", "|").split("|"):
