@@ -114,8 +114,10 @@ class Bench:
         rows = np.arange(len(source.images)) if rows is None else rows
         if source.embeddings is not None:
             positions_N, embeddings_ND = source.embeddings.load(self.world.device)
-            wanted = torch.isin(positions_N, torch.from_numpy(rows).to(positions_N.device))
-            positions, embeddings_ND = positions_N[wanted].cpu().numpy(), embeddings_ND[wanted]
+            if len(rows) < len(source.images):
+                wanted = torch.isin(positions_N, torch.from_numpy(rows).to(positions_N.device))
+                positions_N, embeddings_ND = positions_N[wanted], embeddings_ND[wanted]
+            positions = positions_N.cpu().numpy()
         else:
             model = self.required_model(source.images.field)
             whole = len(rows) == len(source.images)

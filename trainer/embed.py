@@ -209,8 +209,17 @@ class Embeddings:
 
     def load(self, device: torch.device) -> Embedded:
         """Return all of them."""
-        parts = [self._rows(number, device) for number in range(len(self.files))]
-        return Embedded(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        positions_N = torch.empty(len(self), dtype=torch.int64, device=device)
+        embeddings_ND = torch.empty(len(self), self.width, device=device)
+        count = 0
+        for number in range(
+            len(self.files)
+        ):  # in place: parts and their concatenation would be twice as much
+            positions, embeddings = self._rows(number, device)
+            positions_N[count : count + len(positions)] = positions
+            embeddings_ND[count : count + len(positions)] = embeddings
+            count += len(positions)
+        return Embedded(positions_N[:count], embeddings_ND[:count])
 
     def _rows(self, number: int, device: torch.device) -> Embedded:
         rows_ND = torch.from_numpy(np.array(self.files[number], dtype=np.float32)).to(device)

@@ -119,6 +119,8 @@ def judge_open_set(bench: Bench) -> Figures:
     """Yield the figures of all pairs of a set: exact, or of ``protocols/open_set.py``."""
     found = bench.embed(bench.open("data"))
     features_ND, labels_N = bench.by_template(found, found.labels_N, bench.config.notes)
+    num_failed = len(found.images) - len(found.labels_N)
+    del found  # of many images two copies would be a large part of the memory
     fars = bench.config.fars or FARS
     sharing = bench.sharing
     exact = len(labels_N) <= EXACT_UP_TO
@@ -127,7 +129,7 @@ def judge_open_set(bench: Bench) -> Figures:
     else:
         curve = open_set.all_pairs(features_ND, labels_N, fars, sharing)
     yield "num_images", float(len(labels_N))
-    yield from bench.left_out(("failed_images", len(found.images) - len(found.labels_N)))
+    yield from bench.left_out(("failed_images", num_failed))
     yield "bin_width", 0.0 if exact else 1 / open_set.BINS_OF_ONE
     yield "auc", curve.auc
     yield "best_accuracy", curve.best_accuracy
