@@ -3,6 +3,7 @@
 python launch/benchmark.py head --classes 200000 --dim 512 --batch 256 --ranks 2 --against textbook
 python launch/benchmark.py data FOLDER --workers 2 --against webdataset --against pil
 python launch/benchmark.py checkpoint --classes 1000000 --dim 512 --ranks 2
+python launch/benchmark.py judge FOLDER --images 200000 --dim 256 --distractors 1000000
 """
 
 import argparse
@@ -24,6 +25,8 @@ def main() -> None:
     options = build_parser().parse_args()
     if options.what == "data":
         measure_reading(options)
+    elif options.what == "judge":
+        judge(options)
     elif "RANK" not in os.environ and options.ranks > 1:
         start_ranks(options.ranks)
     else:
@@ -56,7 +59,21 @@ def build_parser() -> argparse.ArgumentParser:
     save.add_argument("--rounds", type=positive, default=3, metavar="N", help="saves of each kind; medians")
     save.add_argument("--folder", type=Path, default=Path("."), metavar="DIR", help="on the disk to measure")
     save.add_argument("--json", action="store_true", help="for symmetry: the output is always JSON")
+    add_judge_command(commands)
     return parser
+
+
+def add_judge_command(commands: Any) -> None:
+    """Add ``judge`` to the commands."""
+    judging = commands.add_parser("judge", help="all pairs of a set, and a search among distractors")
+    judging.add_argument("folder", type=Path, metavar="FOLDER", help="for synthetic embeddings; they stay")
+    judging.add_argument("--images", type=positive, required=True, metavar="N", help="all pairs are compared")
+    judging.add_argument("--per-class", type=positive, default=20, metavar="N", help="images of a class")
+    judging.add_argument("--dim", type=positive, default=256, metavar="D", help="width of the embedding")
+    judging.add_argument("--probes", type=positive, default=3530, metavar="P", help="as MegaFace has them")
+    judging.add_argument("--distractors", type=int, default=0, metavar="N", help="0 leaves the search out")
+    judging.add_argument("--rounds", type=positive, default=5, metavar="N", help="in turn with bare products")
+    judging.add_argument("--json", action="store_true", help="for symmetry: the output is always JSON")
 
 
 def add_data_command(commands: Any) -> None:
@@ -135,6 +152,26 @@ def measure_reading(options: argparse.Namespace) -> None:
     )
     for figures in measure_data(case):
         print(json.dumps(figures), flush=True)
+
+
+def judge(options: argparse.Namespace) -> None:
+    """Print the figures. Raises UserError."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import torch
+
+    from trainer.benchmark_judge import JudgeCase, measure_judging
+
+    torch.set_num_threads(1)
+    case = JudgeCase(
+        folder=options.folder,
+        images=options.images,
+        per_class=options.per_class,
+        dim=options.dim,
+        probes=options.probes,
+        distractors=options.distractors,
+        rounds=options.rounds,
+    )
+    print(json.dumps(measure_judging(case)), flush=True)
 
 
 def measure_checkpoint(options: argparse.Namespace) -> None:

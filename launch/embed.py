@@ -22,8 +22,8 @@ def main() -> None:
     """Read the command line, embed, say what was written."""
     options = build_parser().parse_args()
 
-    from trainer.compare import embed_data  # torch: only once the command line is right
-    from trainer.log import configure_logging
+    from trainer.log import configure_logging  # torch: only once the command line is right
+    from trainer.models import embed_data
 
     rank = int(os.environ.get("RANK", "0"))
     configure_logging(None, rank)

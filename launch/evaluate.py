@@ -3,10 +3,10 @@
 python launch/evaluate.py RUN [RUN ...] [section.field=value ...]     the runs' own test sets, side by side
 python launch/evaluate.py RUN [RUN ...] --protocol NAME --data PATH   see the options below
 
-RUN is the folder of a run, one of its checkpoints, or (for a protocol) an ONNX file; none is needed if all
-data are embeddings that launch/embed.py wrote. Prints a table (or JSON); the runs' own sets are drawn into
-the first run's figures/ as well. The same under ``deepspeed`` or ``torchrun``: all ranks embed, and the
-numbers are the same on any number of them.
+RUN is the folder of a run or, for a protocol, one of its checkpoints, a folder that launch/export.py wrote,
+or an ONNX file; none is needed if all data are embeddings that launch/embed.py wrote. Prints a table (or
+JSON); the runs' own sets are drawn into the first run's figures/ as well. The same under ``deepspeed`` or
+``torchrun``: all ranks embed, and the numbers are the same on any number of them.
 """
 
 import argparse
@@ -37,8 +37,9 @@ def main() -> None:
         parser.error("name at least one run folder")
     protocol = load_protocol(texts) if texts else None
 
-    from trainer.compare import compare, judge_models, table  # torch: only once the command line is right
+    from trainer.compare import compare, table  # torch: only once the command line is right
     from trainer.log import configure_logging
+    from trainer.models import judge_models
 
     configure_logging(None, int(os.environ.get("RANK", "0")))
     metrics = judge_models(folders, protocol) if protocol else compare(folders, overrides)

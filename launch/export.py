@@ -1,4 +1,4 @@
-"""Export a trained model for use elsewhere: ``python launch/export.py runs/NAME [--format timm onnx torch]``.
+"""Export a trained model for use elsewhere: ``python launch/export.py runs/NAME [--format timm onnx ...]``.
 
 Writes the backbone in each format (checked against the model on real images), the merged centroids with the
 names of the classes, and a model card.
@@ -42,8 +42,14 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="folder of a run (its newest checkpoint), or a checkpoint")
     add("--out", type=Path, metavar="DIR", help="folder to write (default: RUN/export)")
-    add("--format", nargs="+", choices=("timm", "onnx", "torch"), default=["timm"], help="default: timm")
-    add("--input", choices=("uint8", "float32"), default="uint8", help="type of the pixels of onnx and torch")
+    add(
+        "--format",
+        nargs="+",
+        choices=("timm", "onnx", "torch", "torchscript"),
+        default=["timm"],
+        help="default: timm",
+    )
+    add("--input", choices=("uint8", "float32"), default="uint8", help="type of the pixels, not for timm")
     add("--images", type=Path, metavar="DATA", help="packed data set to check on (default: the run's own)")
     add("--overwrite", action="store_true", help="replace DIR")
     add("--json", action="store_true", help="one JSON object on stdout")

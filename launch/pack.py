@@ -41,6 +41,7 @@ from trainer.check import check
 from trainer.errors import UserError
 from trainer.index import Index, is_packed, load_index, open_index
 from trainer.jobs import Jobs
+from trainer.regions import REGIONS
 
 Build = Callable[[], sources.Source]
 
@@ -97,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("lfw", "folder or zip of NAME/NAME_0001.jpg").add_argument("pairs", type=Path, metavar="PAIRS")
     add("market1501", "folder or zip of bounding_box_train, bounding_box_test and query")
     persons = add("pipa", "folder of all_data.txt, split_*.txt and the photos")
-    persons.add_argument("--region", choices=("head", "upper", "body"), default="head", help="(%(default)s)")
+    persons.add_argument("--region", choices=REGIONS, default="head", help="(%(default)s)")
     for command in commands.choices.values():
         add_packing_options(command)
     foreign = add("index", "tars of KEY.jpg + KEY.cls that other tools wrote", None)

@@ -27,8 +27,8 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     options = parser.parse_intermixed_args()
 
-    from trainer.compare import report  # imports torch: only once the command line is right
     from trainer.log import configure_logging
+    from trainer.report import report  # imports torch: only once the command line is right
 
     configure_logging(None, int(os.environ.get("RANK", "0")))
     path = report(options.run, options.overrides)

@@ -70,9 +70,12 @@ def test_neighbours_and_classes_equal_brute_force(num_ranks, sub_centroids):
             assert result.accuracy == pytest.approx(float((own > rest.amax(1)).double().mean()))
             assert result.cosine == pytest.approx(float(own.mean()), abs=1e-6)
             assert result.margin == pytest.approx(float((own - rest.amax(1)).mean()), abs=1e-6)
+            loss = F.cross_entropy(7.0 * of_class, torch.full((len(of_class),), label))
+            assert result.loss == pytest.approx(float(loss), rel=1e-5)
             counts = torch.bincount(rest.argmax(1), minlength=CLASSES)
             assert counts[NAMES.index(result.taken_for)] == counts.max()
         assert len(classes) == len(labels.unique())
+        assert len(classes) <= diagnostics.WORST
         assert [c.accuracy for c in classes] == sorted(c.accuracy for c in classes)
 
 

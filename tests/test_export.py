@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from launching import REPOSITORY, Started
 from PIL import Image
@@ -19,9 +21,12 @@ from torch import Tensor, nn
 
 from trainer import export
 from trainer.augment import build_eval_transform
+from trainer.config import protocol_from_dict
+from trainer.embed import Embeddings
 from trainer.errors import UserError
 from trainer.export import fold_neck
 from trainer.head import ClassShard, initial_rows
+from trainer.models import embed_data, judge_models
 from trainer.options import load
 
 CLASSES = {"arch": 5, "bird": 4, "cup": 6}
@@ -106,6 +111,14 @@ def test_torch_export_gives_the_same(run, data):
     torch.testing.assert_close(program(pixels), expected_features(run, images), rtol=0, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_torchscript_gives_the_same(run, data):
+    images = images_of(data)
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+    program = torch.jit.load(run / "export" / "model.ts")
+    torch.testing.assert_close(program(pixels), expected_features(run, images), rtol=0, atol=1e-6)
+
+
 def test_centroids_are_the_unit_rows_in_the_order_of_the_names(run):
     out = run / "export"
     found = load_file(out / "centroids.safetensors")
@@ -187,3 +200,37 @@ def test_the_command_says_what_it_wrote(tmp_path, data):
     said = json.loads(done.stdout)
     assert said["out"] == str(run / "export")
     assert said["differences"]["torch"] < 1e-6
+
+
+def test_what_was_exported_is_judged_and_embeds_like_the_run(run, data, tmp_path):
+    config = protocol_from_dict({"protocol": "closed_set", "data": str(data), "ks": [1, 2]})
+    paths = [run, run / "export", run / "export" / "model.onnx"]
+    of_run, *others = judge_models(paths, config).values()
+    assert of_run["eval/closed_set/num_images"] == 15
+    assert others == [of_run, of_run]
+    found = []
+    for number, path in enumerate(paths):
+        out = tmp_path / str(number)
+        summary = embed_data(path, data, out, dtype="float32", rows_per_file=8, batch_size=4, workers=0)
+        assert summary["model"].startswith(f"{run.resolve()}/")
+        found.append(F.normalize(Embeddings(out, "OUT").load(torch.device("cpu")).embeddings_ND))
+    for features_ND in found[1:]:
+        torch.testing.assert_close(features_ND, found[0], rtol=0, atol=2e-6)
+
+
+def test_a_folder_that_timm_cannot_load_is_refused_in_one_line(run, data, tmp_path):
+    config = protocol_from_dict({"protocol": "open_set", "data": str(data)})
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="timm cannot load it: ") as caught:
+        judge_models([tmp_path], config)
+    assert "\n" not in str(caught.value)
+    dist.destroy_process_group()  # a failed command leaves its group to the end of the process
+    shutil.copytree(run / "export", tmp_path / "cropped")
+    found = json.loads((tmp_path / "cropped" / "config.json").read_text())
+    found["pretrained_cfg"]["crop_pct"] = 0.9
+    (tmp_path / "cropped" / "config.json").write_text(json.dumps(found))
+    with pytest.raises(
+        UserError, match=r"config.json: input is 32 x 32 and crop_pct 0.9, not a square and 1.0"
+    ):
+        judge_models([tmp_path / "cropped"], config)
+    dist.destroy_process_group()

@@ -143,6 +143,17 @@ def test_roc_draws_the_curve_and_names_its_numbers() -> None:
     np.testing.assert_array_equal(tar, result.tar[result.far >= 10 / result.num_impostor])
 
 
+def test_cmc_draws_every_rank_and_names_the_ends() -> None:
+    figure = figures.cmc({"a": [0.5, 0.75, 0.9], "b": [0.25, 0.5, 0.5]})
+    axes = figure.axes[0]
+    lines = [line.get_xydata() for line in axes.lines]
+    np.testing.assert_allclose(lines[0], [[1, 0.5], [2, 0.75], [3, 0.9]])
+    np.testing.assert_allclose(lines[1][:, 1], [0.25, 0.5, 0.5])
+    assert axes.get_xscale() == "log"
+    assert axes.get_ylim()[0] == pytest.approx(0.1)
+    assert axes.lines[0].get_label() == "a: 50.00 % at rank 1, 90.00 % at rank 3"
+
+
 def test_loss_curve_shows_every_value_and_its_running_mean() -> None:
     points = [(step, 5.0 / step) for step in range(1, 201)]
     axes = figures.loss_curve({"COCO": points, "short": [(7, 1.5)]}).axes[0]

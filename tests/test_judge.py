@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from patterns import MODEL, embed, embedded, pattern, save, save_album, save_lfw
 from PIL import Image
 from ranks import run_on_ranks
 from torch import Tensor
@@ -23,7 +24,7 @@ from launch import evaluate
 from trainer.bench import Model
 from trainer.config import ProtocolConfig, protocol_from_dict
 from trainer.distributed import World
-from trainer.embed import Embeddings, Reading, write_embeddings
+from trainer.embed import Embeddings, write_embeddings
 from trainer.errors import UserError
 from trainer.imagesets import open_images
 from trainer.judge import check, judge
@@ -31,33 +32,6 @@ from trainer.metrics import verification
 from trainer.protocols.ranking import images_of
 from trainer.protocols.retrieval import retrieval
 from trainer.shards import build_index
-
-SIDE = 6
-
-
-def embed(images_NCHW: Tensor) -> Tensor:
-    """A fixed projection, float64 inside, so that batches and ranks cannot change a bit of it."""
-    projection = torch.randn(SIDE * SIDE, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    return ((images_NCHW[:, :1].flatten(1).double() - 128) @ projection).float()
-
-
-MODEL = Model(embed, Reading(image_size=SIDE, channels=1, batch_size=4))
-
-
-def pattern(identity: int, number: int) -> np.ndarray:
-    """A noisy picture of an identity."""
-    own = np.random.default_rng(identity).integers(30, 220, (SIDE, SIDE))
-    noise = np.random.default_rng(1000 * identity + number + 7).integers(-70, 70, (SIDE, SIDE))
-    return np.clip(own + noise, 0, 255).astype(np.uint8)
-
-
-def embedded(identity: int, number: int) -> Tensor:
-    return embed(torch.from_numpy(pattern(identity, number))[None, None])[0]
-
-
-def save(path: Path, identity: int, number: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pattern(identity, number)).save(path)
 
 
 def pack(folder: Path, samples: list[tuple[str, int, int, dict[str, Any]]]) -> None:
@@ -82,14 +56,7 @@ def pack(folder: Path, samples: list[tuple[str, int, int, dict[str, Any]]]) -> N
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("protocols")
-    for identity in range(6):
-        for number in range(1, 6):
-            save(root / "lfw" / f"p{identity}" / f"p{identity}_{number:04d}.png", identity, number)
-    lines = ["3\t4"]
-    for fold in range(3):
-        lines += [f"p{2 * fold}\t{i}\t{i + 1}" for i in range(1, 5)]
-        lines += [f"p{2 * fold}\t{i}\tp{2 * fold + 1}\t{i}" for i in range(1, 5)]
-    (root / "lfw" / "pairs.txt").write_text("\n".join(lines) + "\n")
+    save_lfw(root / "lfw")
     query = [(f"q{i}", i % 4, i, {"person": f"{i % 4 + 1:04d}", "camera": i % 3}) for i in range(11)]
     gallery = [(f"g{i}", i % 6, 50 + i, {"person": i % 6 - 1, "camera": i % 3}) for i in range(23)]
     pack(root / "query", query)
@@ -115,7 +82,7 @@ def judged(config: ProtocolConfig, num_ranks: int = 1) -> dict[str, float]:
 
 
 def configs(root: Path) -> dict[str, ProtocolConfig]:
-    album = make_album(root / "album") if not (root / "album").exists() else root / "album"
+    album = save_album(root / "album") if not (root / "album").exists() else root / "album"
     lfw, gallery = root / "lfw", str(root / "gallery")
     return {
         "pairs": protocol("pairs", lfw, bootstrap=20, fars=[0.9]),
@@ -243,28 +210,6 @@ def test_distractors_are_cut_from_one_fixed_order(figures: dict[str, dict[str, f
     assert (found["num_probes"], found["num_pairs"]) == (30, 6 * 5 * 4)
     assert 0 < found["rank1@60"] <= found["rank1@5"] <= found["rank10@5"] == 1
     assert {"tpir@fpir=1e-1@60"} & found.keys() == set()  # 30 probes cannot support it
-
-
-def make_album(folder: Path) -> Path:
-    """A small album with PIPA's files: photos of 40 x 30 with two persons, halves by photo."""
-    for part, subset, first in (("val", 2, 0), ("test", 3, 4)):
-        lines = []
-        for photo in range(8):
-            canvas = np.zeros((30, 40), dtype=np.uint8)
-            for side in range(2):
-                identity = first + (photo + side) % 4
-                x = 6 + 18 * side
-                # head and, below it, clothes: the upper body is (x - w/2, y, 2 w, 3 h)
-                canvas[3:9, x : x + 6] = pattern(identity, photo)
-                canvas[9:21, x - 3 : x + 9] = np.kron(pattern(200 + identity, photo), np.ones((2, 2)))
-                box = f"{x} 3 6 6"
-                lines.append(f"set{photo % 3} {photo} {box} {identity} {subset} {photo % 2}")
-            path = folder / part / f"set{photo % 3}_{photo}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(canvas).save(path, quality=100)
-        for split in ("original", "album", "time", "day"):
-            (folder / f"split_{part}_{split}.txt").write_text("\n".join(lines) + "\n")
-    return folder
 
 
 def test_persons_of_an_album_are_recognised_by_their_regions(
@@ -457,7 +402,10 @@ def test_the_command_judges_embeddings_without_a_model(
             "--ways: the protocol pairs has no use for it",
         ),
         (("--protocol", "pairs", "--data", "{root}/lfw"), "--data: holds images, not embeddings: name a run"),
-        (("nowhere", "--protocol", "open_set", "--data", "x"), "nowhere: holds no complete checkpoint"),
+        (
+            ("nowhere", "--protocol", "open_set", "--data", "x"),
+            "nowhere: neither a run folder nor a checkpoint",
+        ),
         (("--protocol", "open_set", "--data", "{root}/none"), "--data: {root}/none is not a folder"),
         (("{root}/x.onnx", "--protocol", "open_set", "--data", "x"), "{root}/x.onnx: cannot open as ONNX"),
     ],

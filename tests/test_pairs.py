@@ -10,12 +10,14 @@ import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from trainer.errors import UserError
+from trainer.metrics import equal_error_rate
 from trainer.protocols.pairs import (
     NO_FOLD,
     best_accuracy,
     curve,
     fold_accuracies,
     read_pairs,
+    weighted_roc,
     weighted_tar,
 )
 
@@ -90,6 +92,9 @@ def test_curve_equals_scikit_learn(tied: bool) -> None:
     assert found.tar_at_far == {x: tar[far <= x].max() for x in (0.1, 0.03)}  # 1e-3 of 450: no ten errors
     weights_P = np.ones(900)
     assert all(weighted_tar(cosines_P, same_P, x, weights_P) == found.tar_at_far[x] for x in (0.1, 0.03))
+    far_V, tar_V = weighted_roc(cosines_P, same_P, weights_P)
+    assert np.trapezoid(tar_V, far_V) == pytest.approx(found.auc, abs=1e-12)
+    assert equal_error_rate(far_V, tar_V) == pytest.approx(found.eer, abs=1e-12)
 
 
 def test_lfw_pairs_are_read_in_folds(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from small_run import make_run, pack_photos
 
-from trainer import page, report
-from trainer.compare import report as write
+from trainer import hardpairs, page
 from trainer.errors import UserError
-from trainer.report import hardest_pairs
+from trainer.hardpairs import hardest_pairs
+from trainer.report import report as write
 
 VOID = {"meta", "img", "br", "link", "input", "path", "use", "image", "rect", "stop"}
 
@@ -47,7 +48,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "log.txt").write_text(
         "07:00:00 run sheet\n  run      a\n  command  train.py x=1\n07:00:01 step 1/7\n"
     )
-    assert write(run, ["eval.batch_size=8"]) == run / "report.html"
+    few_shot = json.dumps({"few": {"protocol": "few_shot", "data": str(data), "ways": 3, "episodes": 5}})
+    assert write(run, ["eval.batch_size=8", f"eval.protocols={few_shot}"]) == run / "report.html"
     return run
 
 
@@ -70,6 +72,7 @@ def test_the_file_is_well_formed_and_needs_no_other(run):
 def test_it_tells_results_curves_pairs_classes_and_how_it_was_made(run):
     text = (run / "report.html").read_text()
     parts = """same: accuracy|pairs: rank1|effective_rank|train/loss|Verification|cosine_nearest_mean|t-SNE
+few: accuracy|Identification|at rank 50|<th>loss</th>
 yet far apart|yet close|nearest neighbours|principal axes|Classes that may be one|Weakest classes of same
 does a class need images?|train.py x=1|embedding_dim: 12"""
     for part in parts.replace("\n", "|").split("|"):
@@ -80,7 +83,7 @@ does a class need images?|train.py x=1|embedding_dim: 12"""
 
 
 def test_hardest_pairs_equal_brute_force(monkeypatch):
-    monkeypatch.setattr(report, "_BLOCK", 7)
+    monkeypatch.setattr(hardpairs, "_BLOCK", 7)
     generator = torch.Generator().manual_seed(0)
     x_ND = F.normalize(torch.randn(30, 5, generator=generator))
     labels_N = torch.randint(0, 4, (30,), generator=generator)
@@ -118,6 +121,7 @@ def test_a_run_without_a_checkpoint_is_refused_in_one_line(run, tmp_path):
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         write(tmp_path)
+    dist.destroy_process_group()  # a failed command leaves its group to the end of the process
 
 
 def test_metrics_of_the_head_have_names_of_their_area(run):

@@ -370,7 +370,7 @@ def test_pipa_cuts_people_out_and_says_on_which_side_of_a_split_they_are(tmp_pat
     with pytest.raises(UserError, match=r"all_data\.txt: row 1: 8 columns are expected"):
         pipa(tmp_path, "test")
     put(tmp_path / "all_data.txt", b"77 88 100 10 8 8 901 3\n7 8 1 1 8 8 1 1\n")
-    with pytest.raises(UserError, match=r"cannot cut out: the box .* lies outside of its 40 x 60 pixels"):
+    with pytest.raises(UserError, match=r"cannot cut out: .* lies outside of the photo of 40 x 60 pixels"):
         pipa(tmp_path, "test").read(0)
     with pytest.raises(UserError, match=r"no photo 7_8\.jpg"):
         pipa(tmp_path, "train")

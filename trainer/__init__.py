@@ -10,10 +10,12 @@ level 8
     loop           a run from configuration to result: train() on one screen
     compare        finished runs side by side: one table, one picture
 level 7
+    benchmark_judge what judging costs on this machine: all pairs, a million distractors
     report         what a run learned and where it errs, as one file for a browser
 level 6
     evaluate       a model on test sets: all ranks embed, all share the comparisons
     update         what every step has around the joint step: randomness, rate, an eye on its numbers
+    models         a trained model wherever it lies: opened, judged by a protocol, made to embed
     warm_start     where a new run's weights come from, if not from the seed
     resume         going on from a checkpoint: which one, whether this run may, what has changed
     sheet          what a run is about to do, told before it starts
@@ -65,6 +67,7 @@ level 2
     protocols      published ways to judge features, one file each, beside its definition
 level 1
     diagnostics    near centroids, weak classes, effective rank: a head and its embeddings from inside
+    hardpairs      the images a model finds hardest: one class yet far apart, two yet close
     health         are weights equal and numbers finite on all ranks; and what if not
     ledger         samples that could not be used: written down, limited, skipped when known
     samplers       which sample is at which position: shuffled, balanced, weighted, mixed
@@ -96,6 +99,7 @@ level 0
     signals        being told to stop: a scheduler's signal, or a launcher that is gone
     heartbeat      who is still there, and where: names the ranks that a failed run lost
     schedule       the learning rate by step
+    regions        the parts of a person around the head, as they are cut out
     page           the page of a report: HTML and CSS in one file, for light and dark
     address        where a data set is: a folder, or a URL shown without its credentials
     errors         the one error that is the user's to mend

@@ -6,15 +6,10 @@
     ALBUM/split_val_original.txt     ... album, time, day
     ALBUM/{leftover,train,val,test}/PHOTOSET_PHOTO.jpg
 
-Boxes are of heads. All regions are cut from them, with cx the middle of the box (x, y, w, h), and clipped to
-the photo:
-
-    head    the box                          face    its middle 70 %, a rule of ours: PIPA has no faces
-    upper   (cx - w, y, 2 w, 3 h)            whole   (cx - w, y, 2 w, 6 h)
+Boxes are of heads; ``trainer/regions.py`` says what is cut out around them.
 """
 
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +20,7 @@ from PIL import Image
 from trainer.decode import decode
 from trainer.errors import UserError
 from trainer.imagesets import ImageSet
+from trainer.regions import Box, region_box, within_photo
 
 SUBSETS = ("leftover", "train", "val", "test")
 """Names of the subset codes 0 to 3, as counted in the annotation; its own description has another order."""
@@ -68,18 +64,6 @@ def read_split(folder: Path, part: str, split: str) -> Instances:
     return Instances(folder, tuple(photos), table[:, :4], table[:, 4], table[:, 6])
 
 
-def region_box(head: Sequence[float], region: str) -> tuple[float, float, float, float]:
-    """Return left, top, right, bottom of a region of a person whose head box is x, y, width, height."""
-    x, y, w, h = head
-    left, top, width, height = {
-        "head": (x, y, w, h),
-        "face": (x + 0.15 * w, y + 0.15 * h, 0.7 * w, 0.7 * h),
-        "upper": (x - w / 2, y, 2 * w, 3 * h),
-        "whole": (x - w / 2, y, 2 * w, 6 * h),
-    }[region]
-    return left, top, left + width, top + height
-
-
 def crops(instances: Instances, region: str, field: str) -> ImageSet:
     """Return one region of every instance as an image set; photos are opened when they are read."""
 
@@ -104,14 +88,11 @@ def crops(instances: Instances, region: str, field: str) -> ImageSet:
     )
 
 
-def _cut(content: bytes, box: tuple[float, float, float, float]) -> bytes:
+def _cut(content: bytes, box: Box) -> bytes:
     """Return a part of a photo as a PNG. Raises ValueError if it lies outside."""
     pixels_CHW = decode(content, 3)
     height, width = pixels_CHW.shape[1:]
-    left, right = (min(max(round(edge), 0), width) for edge in box[::2])
-    top, bottom = (min(max(round(edge), 0), height) for edge in box[1::2])
-    if left >= right or top >= bottom:
-        raise ValueError(f"the region lies outside of the photo of {width} x {height} pixels")
+    left, top, right, bottom = within_photo(box, width, height)
     cut = io.BytesIO()
     pixels = pixels_CHW[:, top:bottom, left:right].permute(1, 2, 0).contiguous().numpy()
     Image.fromarray(pixels).save(cut, "PNG", compress_level=1)

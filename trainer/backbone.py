@@ -221,6 +221,26 @@ def save_timm(model: nn.Module, folder: Path, config: BackboneConfig, backbone: 
     )
 
 
-def load_timm(folder: Path) -> nn.Module:
+def load_timm(folder: Path) -> Any:
     """Load what ``save_timm`` wrote as a user without this project would."""
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+def open_timm(folder: Path) -> tuple[Backbone, int, int]:
+    """Open a folder of timm's files as pixels 0..255 to embeddings; return image side and channels as well.
+
+    Raises UserError for what timm cannot load, and for preprocessing that is not ours.
+    """
+    try:
+        network = load_timm(folder)
+    except Exception as error:  # timm raises whatever it likes
+        raise UserError(f"{folder}: timm cannot load it: {' '.join(str(error).split())}") from None
+    data = timm.data.resolve_model_data_config(network)
+    channels, height, width = data["input_size"]
+    if height != width or data["crop_pct"] != 1:
+        raise UserError(
+            f"{folder / 'config.json'}: input is {height} x {width} and crop_pct {data['crop_pct']}, not a "
+            "square and 1.0: images here are scaled to the input's side and cropped in the centre"
+        )
+    dim = network.num_classes or network.num_features
+    return Backbone(network, nn.Identity(), dim, data["mean"], data["std"]), height, channels

@@ -24,6 +24,7 @@ from trainer.errors import UserError
 from trainer.imagesets import ImageSet, open_images
 from trainer.metrics import Sharing, Verification
 from trainer.protocols.bootstrap import mean_interval
+from trainer.protocols.identification import pooled
 
 Figures = Iterator[tuple[str, float]]
 
@@ -113,8 +114,10 @@ class Bench:
         rows = np.arange(len(source.images)) if rows is None else rows
         if source.embeddings is not None:
             positions_N, embeddings_ND = source.embeddings.load(self.world.device)
-            wanted = torch.isin(positions_N, torch.from_numpy(rows).to(positions_N.device))
-            positions, embeddings_ND = positions_N[wanted].cpu().numpy(), embeddings_ND[wanted]
+            if len(rows) < len(source.images):
+                wanted = torch.isin(positions_N, torch.from_numpy(rows).to(positions_N.device))
+                positions_N, embeddings_ND = positions_N[wanted], embeddings_ND[wanted]
+            positions = positions_N.cpu().numpy()
         else:
             model = self.required_model(source.images.field)
             whole = len(rows) == len(source.images)
@@ -146,6 +149,26 @@ class Bench:
         """Say how many were left out, if that was allowed."""
         if self.config.missing == "count":
             yield from ((name, float(count)) for name, count in counts)
+
+    def by_template(self, found: EmbeddedSet, labels_N: Tensor, notes: Path | None) -> tuple[Tensor, Tensor]:
+        """Return unit features and labels: of images or, if asked, of templates. Raises UserError."""
+        if not self.config.template:
+            return found.features_ND, labels_N
+        device = labels_N.device
+        names_T, first_T, template_N = np.unique(
+            found.required_note("template", notes), return_index=True, return_inverse=True
+        )
+        labels_T = labels_N[torch.from_numpy(first_T).to(device)]
+        template = torch.from_numpy(template_N).to(device)
+        mixed = (labels_T[template] != labels_N).nonzero()
+        if len(mixed):
+            name = names_T[template_N[int(mixed[0])]]
+            raise UserError(f"{found.images.field}: template {name} is of two classes")
+        media = found.note("media", notes)
+        media_N = (
+            None if media is None else torch.from_numpy(np.unique(media, return_inverse=True)[1]).to(device)
+        )
+        return pooled(found.features_ND, template, media_N)[0], labels_T
 
     def means(self, values: dict[str, Tensor], identities_N: Tensor) -> Figures:
         """Yield the mean of each figure's values, and its interval if asked."""

@@ -23,7 +23,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Range = tuple[Positive, Positive]
-Region = Literal["head", "face", "upper", "whole"]
+Region = Literal["head", "face", "upper", "body"]
 _HEAD_ONLY: dict[Region, Path | None] = {"head": None}
 Location = Annotated[Path | Url, BeforeValidator(location), PlainSerializer(str)]  # saved without credentials
 

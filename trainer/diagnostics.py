@@ -4,8 +4,10 @@ Nothing of size K x K exists: some classes (all, if there are few) are compared 
 every rank with its own. Legend: P probes, T rows of a tile, K classes, B images, N images of a set, D width.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from trainer.collectives import max_over, sum_over
 BINS = 200
 """Of the histogram of cosines from -1 to 1: a bin is 0.01 wide."""
 MAX_PROBES = 4096
+WORST = 12
+"""Classes that tables show."""
 _PROBES_AT_ONCE, _TILE_ROWS = 256, 16384
 
 
@@ -56,6 +60,42 @@ class ClassResult:
     """Mean of that less the cosine of the nearest other."""
     taken_for: str
     """The class that most of its images are nearest to, besides itself."""
+    loss: float | None = None
+    """Mean loss of its images by the head's own formula; of the worst classes only."""
+
+
+@dataclass(frozen=True)
+class HeadView:
+    """What the head looks like inside, found by all ranks together."""
+
+    neighbours: Neighbours
+    classes: dict[str, list[ClassResult]]
+    """Of every test set of classes that the head knows: worst first."""
+    class_names: tuple[str, ...]
+    metrics: dict[str, float]
+
+
+def view_head(
+    head: Any, results: Sequence[Any], class_names: Sequence[str], known: Sequence[str]
+) -> HeadView:
+    """Look at the head and at the sets named in ``known``; every rank must call it, with equal results.
+
+    ``results`` are ``evaluate.SetResult``; those without images, which protocols are, are passed over.
+    """
+    neighbours = centroid_neighbours(head)
+    metrics, classes = dict(neighbours.metrics), {}
+    label_of = {name: label for label, name in enumerate(class_names)}
+    for result in (each for each in results if len(each.labels_N)):
+        metrics[f"eval/{result.name}/effective_rank"] = effective_rank(result.embeddings_ND)
+        if result.name in known:
+            labels_N = result.labels_N
+            if class_names and result.class_names:
+                labels_N = torch.tensor([label_of[name] for name in result.class_names])[labels_N]
+            device = next(head.parameters()).device
+            classes[result.name] = class_results(
+                head, result.embeddings_ND.to(device), labels_N.to(device), class_names
+            )
+    return HeadView(neighbours, classes, tuple(class_names), metrics)
 
 
 @torch.no_grad()
@@ -119,9 +159,9 @@ def centroid_neighbours(head: Any, *, max_probes: int = MAX_PROBES, num_pairs: i
 def class_results(
     head: Any, embeddings_ND: Tensor, labels_N: Tensor, class_names: Sequence[str]
 ) -> list[ClassResult]:
-    """Return the result of every class that has images, the worst first. Every rank must call it.
+    """Return the result of every class that has images, the worst first, WORST of them with their loss.
 
-    ``labels_N`` are the head's; every rank holds all embeddings, and gets the same.
+    ``labels_N`` are the head's. Every rank must call it with all embeddings, and gets the same.
     """
     parts = zip(embeddings_ND.split(_PROBES_AT_ONCE), labels_N.split(_PROBES_AT_ONCE), strict=True)
     found = [nearest_classes(head, F.normalize(e_BD.float()), labels_B) for e_BD, labels_B in parts]
@@ -145,7 +185,16 @@ def class_results(
             classes.tolist(), counts.tolist(), is_right, cosine, margin, by_class, strict=True
         )
     ]
-    return sorted(results, key=lambda result: (result.accuracy, result.margin))
+    ranked = sorted(zip(results, classes, strict=True), key=lambda r: (r[0].accuracy, r[0].margin))
+    losses = [_loss_of(head, embeddings_ND, labels_N, label) for _, label in ranked[:WORST]]
+    return [dataclasses.replace(each, loss=loss) for (each, _), loss in zip_longest(ranked, losses)]
+
+
+def _loss_of(head: Any, embeddings_ND: Tensor, labels_N: Tensor, label: Tensor) -> float:
+    """Return the mean loss of the images of one class. Every rank must call it."""
+    device = embeddings_ND.device
+    chosen = (labels_N == label).to(device)
+    return float(head.of_embeddings(embeddings_ND[chosen], labels_N.to(device)[chosen]).loss)
 
 
 def effective_rank(features_ND: Tensor) -> float:

@@ -30,7 +30,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trainer.augment import build_eval_transform
+from trainer.backbone import image_size_of
 from trainer.collectives import concatenate_over, from_main, wait_for_all
+from trainer.config import Config
 from trainer.decode import decode
 from trainer.distributed import World
 from trainer.errors import UserError
@@ -56,6 +58,15 @@ class Reading:
     """Add the embedding of the mirror image."""
     skip_broken: bool = False
     """Leave out an image that cannot be decoded, instead of ending with its name."""
+
+
+def reading_of(config: Config) -> Reading:
+    """Return how the images of a run's model are read."""
+    return Reading(
+        image_size=image_size_of(config.backbone),
+        channels=config.backbone.channels,
+        workers=config.data.workers,
+    )
 
 
 class Embedded(NamedTuple):
@@ -118,7 +129,7 @@ def write_embeddings(
         "num_images": len(images), "dtype": dtype, "rows_per_file": rows_per_file, "num_files": len(files),
         "flip_sum": reading.flip_sum, **origin,
     }  # fmt: skip
-    failure = from_main(_claim(out, summary, images.class_names) if world.is_main else None, world.group)
+    failure = from_main(claim(out, summary, images.class_names) if world.is_main else None, world.group)
     if failure:
         raise UserError(failure)
     missing = [(number, start) for number, start in files if not _file(out, "embeddings", number).is_file()]
@@ -198,8 +209,17 @@ class Embeddings:
 
     def load(self, device: torch.device) -> Embedded:
         """Return all of them."""
-        parts = [self._rows(number, device) for number in range(len(self.files))]
-        return Embedded(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        positions_N = torch.empty(len(self), dtype=torch.int64, device=device)
+        embeddings_ND = torch.empty(len(self), self.width, device=device)
+        count = 0
+        for number in range(
+            len(self.files)
+        ):  # in place: parts and their concatenation would be twice as much
+            positions, embeddings = self._rows(number, device)
+            positions_N[count : count + len(positions)] = positions
+            embeddings_ND[count : count + len(positions)] = embeddings
+            count += len(positions)
+        return Embedded(positions_N[:count], embeddings_ND[:count])
 
     def _rows(self, number: int, device: torch.device) -> Embedded:
         rows_ND = torch.from_numpy(np.array(self.files[number], dtype=np.float32)).to(device)
@@ -262,7 +282,7 @@ def _load(batches: list[range], images: ImageSet, reading: Reading) -> Iterable[
     )
 
 
-def _claim(out: Path, summary: dict[str, Any], class_names: Sequence[str]) -> str | None:
+def claim(out: Path, summary: dict[str, Any], class_names: Sequence[str]) -> str | None:
     """Write the summary; return what is wrong if another is there. Rank 0 only."""
     path = out / SUMMARY
     try:
@@ -288,7 +308,7 @@ def _file(out: Path, kind: str, number: int) -> Path:
 def _write_file(
     out: Path, number: int, images: ImageSet, rows: range, parts: list[Embedded], dtype: np.dtype[Any]
 ) -> None:
-    """Write the four files of some rows; the embeddings come last, and make them count."""
+    """Write the files of some rows, NaN where an image could not be decoded. Raises UserError."""
     if not parts:
         raise UserError(f"{images.field}: none of images {rows.start} to {rows.stop} can be decoded")
     table: NDArray[Any] = np.full((len(rows), parts[0].embeddings_ND.shape[1]), np.nan, dtype=dtype)
@@ -301,14 +321,23 @@ def _write_file(
             raise UserError(
                 f"--dtype: an embedding does not fit {dtype}: take float32, or the model has diverged"
             )
-    labels_N = images.labels_N[rows.start : rows.stop]
-    keys = [images.keys[i] for i in rows]
+    keys, failed_keys = [images.keys[i] for i in rows], [images.keys[i] for i in sorted(failed)]
+    write_rows(out, number, table, images.labels_N[rows.start : rows.stop], keys, failed_keys)
+
+
+def write_rows(
+    out: Path,
+    number: int,
+    table_ND: NDArray[Any],
+    labels_N: NDArray[np.int64],
+    keys: Iterable[str],
+    failed_keys: Iterable[str] = (),
+) -> None:
+    """Write the four files of some rows; the embeddings come last, and make them count."""
     _replace(_file(out, "keys", number), lambda file: file.write(_lines(keys)))
-    _replace(
-        _file(out, "failed", number), lambda file: file.write(_lines(images.keys[i] for i in sorted(failed)))
-    )
+    _replace(_file(out, "failed", number), lambda file: file.write(_lines(failed_keys)))
     _replace(_file(out, "labels", number), lambda file: np.save(file, labels_N, allow_pickle=False))
-    _replace(_file(out, "embeddings", number), lambda file: np.save(file, table, allow_pickle=False))
+    _replace(_file(out, "embeddings", number), lambda file: np.save(file, table_ND, allow_pickle=False))
 
 
 def _lines(texts: Iterable[str]) -> bytes:

@@ -2,7 +2,7 @@
 
 Three kinds of sets: *classification* of classes the head knows, by its own rows; *verification* of classes it
 has never seen: are two images of the same class, and is the nearest neighbour? And *protocols* of
-``trainer/judge.py``, which bring their own sets.
+``trainer/judge``, which bring their own sets.
 
 Legend: N images of a set, B of a batch over all ranks, D width of the embedding, C classes of this rank.
 """
@@ -18,20 +18,20 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from trainer import figures, metrics
-from trainer.backbone import image_size_of
 from trainer.bench import Model, OpenModel
 from trainer.cache import open_data_set
 from trainer.collectives import concatenate_over, gather_batch, sum_over
 from trainer.config import Config
 from trainer.data import Batch, EvalLoader
 from trainer.distributed import World
-from trainer.embed import Embed, Reading
+from trainer.embed import Embed, reading_of
 from trainer.errors import UserError
 from trainer.feed import build_eval_batches
 from trainer.index import Index
 from trainer.judge import check, judge
 from trainer.metrics import Verification
 
+CMC_DEPTH = 50
 _FAR_NAMES = {1e-1: "1e-1", 1e-2: "1e-2", 1e-3: "1e-3", 1e-4: "1e-4"}
 
 
@@ -47,6 +47,8 @@ class SetResult:
     labels_N: Tensor
     class_names: tuple[str, ...]
     verification: Verification | None
+    cmc: tuple[float, ...] = ()
+    """Of unseen classes: the fraction of images with one of their class among the 1, 2, ... nearest."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,12 @@ class EvalSets:
         """Yield the result of every set. Every rank must go through all of them."""
         for test_set in self._sets:
             embeddings_ND, labels_N = _embed_all(embed, test_set.loader, self.world)
-            verification = None
+            verification, cmc = None, ()
             if test_set.known_label is not None:
                 known_label = test_set.known_label.to(labels_N.device)
                 values = _classify(embeddings_ND, known_label[labels_N], head)
             else:
-                verification, values = _verify(F.normalize(embeddings_ND), labels_N, self.world)
+                verification, cmc, values = _verify(F.normalize(embeddings_ND), labels_N, self.world)
             yield SetResult(
                 name=test_set.name,
                 metrics={f"eval/{test_set.name}/{key}": value for key, value in values.items()},
@@ -104,6 +106,7 @@ class EvalSets:
                 labels_N=labels_N.cpu(),
                 class_names=tuple(test_set.index.class_names),
                 verification=verification,
+                cmc=cmc,
             )
         for name, protocol in self._protocols.items():
             model, prefix = Model(embed, self._reading), f"eval.protocols.{name}."
@@ -112,21 +115,10 @@ class EvalSets:
             yield SetResult(name, values, torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), (), None)
 
 
-def reading_of(config: Config) -> Reading:
-    """Return how the images of a run's model are read."""
-    return Reading(
-        image_size=image_size_of(config.backbone),
-        channels=config.backbone.channels,
-        workers=config.data.workers,
-    )
-
-
 def figures_of(results: Iterable[SetResult], title: str) -> Iterator[tuple[str, Figure]]:
     """Yield (name, picture) of what results show: features if they have 2 or 3 dimensions, cosines, ROC."""
-    curves = {}
-    for result in results:
-        if not len(result.labels_N):
-            continue  # a protocol: its figures are numbers
+    seen = [result for result in results if len(result.labels_N)]  # a protocol has numbers only
+    for result in seen:
         if result.embeddings_ND.shape[1] in (2, 3):
             scatter = figures.feature_scatter(
                 result.embeddings_ND, result.labels_N, result.class_names, f"{title}: {result.name}"
@@ -134,10 +126,15 @@ def figures_of(results: Iterable[SetResult], title: str) -> Iterator[tuple[str, 
             yield f"features-{result.name}", scatter
         features_ND = F.normalize(result.embeddings_ND)
         yield f"cosines-{result.name}", figures.cosine_histogram(features_ND, result.labels_N, title)
-        if result.verification is not None:
-            curves[result.name] = result.verification
-    if curves:
-        yield "roc", figures.roc(curves)
+    yield from curves_of(seen)
+
+
+def curves_of(results: Iterable[SetResult]) -> Iterator[tuple[str, Figure]]:
+    """Yield (name, picture): ROC and CMC of the sets of unseen classes, if there are any."""
+    verified = [result for result in results if result.verification is not None]
+    if verified:
+        yield "roc", figures.roc({r.name: r.verification for r in verified if r.verification is not None})
+        yield "cmc", figures.cmc({r.name: r.cmc for r in verified})
 
 
 def _match_labels(field: str, index: Index, class_names: Sequence[str], num_classes: int) -> Tensor:
@@ -190,13 +187,18 @@ def _classify(embeddings_ND: Tensor, labels_N: Tensor, head: Any) -> dict[str, f
     return {**means_of_all, "cosine_intra": intra, "cosine_inter": inter}
 
 
-def _verify(features_ND: Tensor, labels_N: Tensor, world: World) -> tuple[Verification, dict[str, float]]:
+def _verify(
+    features_ND: Tensor, labels_N: Tensor, world: World
+) -> tuple[Verification, tuple[float, ...], dict[str, float]]:
+    """Return all-pairs verification, CMC, and the figures of both."""
     part = (world.rank, world.size)
     total = partial(sum_over, group=world.group)
     gather = partial(concatenate_over, group=world.group)
     found = metrics.verification(features_ND, labels_N, part=part, total=total, gather=gather)
     values = {"auc": found.auc, "best_accuracy": found.best_accuracy, "eer": found.eer}
     values |= {f"tar@far={_FAR_NAMES[far]}": tar for far, tar in found.tar_at_far.items()}
-    ranks = metrics.identification(features_ND, labels_N, part=part, total=total)
-    values |= {key: value for key, value in ranks.items() if key.startswith("rank")}
-    return found, values
+    ranks = range(1, CMC_DEPTH + 1)
+    identified = metrics.identification(features_ND, labels_N, part=part, total=total, ranks=ranks)
+    cmc = tuple(identified[f"rank{k}"] for k in ranks)
+    values |= {"rank1": cmc[0], "rank5": cmc[4]}
+    return found, cmc, values

@@ -1,8 +1,9 @@
-"""A trained model for use elsewhere: timm's own format, ONNX, torch.export; its centroids; its model card.
+"""A trained model for use elsewhere: timm's own format, ONNX, torch.export, TorchScript; its model card.
 
 Behind the pooled output everything is affine once training is over (dropout is gone, batch norm is a scale
 and a shift), so any neck is *one* linear layer, and that is the classifier of the timm model. timm alone
-then gives our embeddings. ONNX and torch.export take pixels 0..255 and give unit features.
+then gives our embeddings. The other formats take pixels 0..255 and give unit features. TorchScript is for
+programs that load nothing else: torch calls it deprecated and points to torch.export.
 
 Legend: N images, C channels, H x W pixels, F width of the pooled output, D of the embedding, K classes.
 """
@@ -10,6 +11,7 @@ Legend: N images, C channels, H x W pixels, F width of the pooled output, D of t
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ from trainer.index import Index, open_index
 from trainer.options import dump
 from trainer.trained import Trained, open_trained, rows_name
 
-FORMATS = ("timm", "onnx", "torch")
+FORMATS = ("timm", "onnx", "torch", "torchscript")
 CHECK_IMAGES = 32
 TOLERANCE = 1e-3
 """Largest difference of a coordinate of unit features; float32 networks differ by about 1e-6."""
@@ -83,7 +85,12 @@ def export(
     try:
         with torch.inference_mode():
             expected_ND = model(images_NCHW)
-        writers = {"timm": _write_timm, "onnx": _write_onnx, "torch": _write_torch}
+        writers = {
+            "timm": _write_timm,
+            "onnx": _write_onnx,
+            "torch": _write_torch,
+            "torchscript": _write_torchscript,
+        }
         differences = {}
         for each in formats:
             found_ND = writers[each](temporary, trained, model, images_NCHW, input_type)
@@ -197,6 +204,18 @@ def _write_torch(
         return torch.cat([loaded(part) for part in (images_NCHW[:1], images_NCHW[1:]) if len(part)])
 
 
+def _write_torchscript(
+    folder: Path, trained: Trained, model: PixelsToFeatures, images_NCHW: Tensor, input_type: str
+) -> Tensor:
+    """Write ``model.ts`` by tracing; return what it makes of the images, read back."""
+    images_NCHW = images_NCHW.to(getattr(torch, input_type))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", FutureWarning)  # see the module's docstring
+        torch.jit.trace(model, images_NCHW[:2]).save(folder / "model.ts")
+        loaded = torch.jit.load(folder / "model.ts")
+        return torch.cat([loaded(part) for part in (images_NCHW[:1], images_NCHW[1:]) if len(part)])
+
+
 def _require_close(name: str, expected_ND: Tensor, found_ND: Tensor) -> float:
     difference = float((expected_ND - found_ND).abs().max())
     if not difference <= TOLERANCE:
@@ -283,6 +302,8 @@ print("cosine:", float(a @ b))
     "`features`, unit float32.",
     "torch": '`torch.export.load("model.pt2").module()` takes {input_type} pixels 0 to 255, N x C x H x W, '
     "any N, and returns unit features.",
+    "torchscript": '`torch.jit.load("model.ts")` takes {input_type} pixels 0 to 255, N x C x H x W, any N, '
+    "and returns unit features.",
 }
 
 

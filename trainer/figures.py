@@ -150,6 +150,24 @@ def roc(curves: Mapping[str, Verification]) -> Figure:
     return figure
 
 
+def cmc(curves: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw the fractions of searches that find the right class among the 1, 2, 3, ... nearest (CMC)."""
+    figure = _new_figure(8, 5.4)
+    axes = _new_axes(figure, "rank k (logarithmic)", "found among the k nearest")
+    for (name, found), colour in zip(curves.items(), _colours(len(curves)), strict=True):
+        label = f"{name}: {100 * found[0]:.2f} % at rank 1, {100 * found[-1]:.2f} % at rank {len(found)}"
+        axes.plot(range(1, len(found) + 1), found, linewidth=2, color=colour, label=label)
+    axes.set_xscale("log")
+    ticks = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= max(map(len, curves.values()))]
+    axes.set_xticks(ticks, list(map(str, ticks)))
+    axes.minorticks_off()
+    bottom = max(0.0, np.floor(10 * min(found[0] for found in curves.values())) / 10 - 0.1)
+    axes.set_ylim(bottom, 1 + 0.02 * (1 - bottom))
+    axes.set_title("Identification", fontsize=13, color=INK, pad=10)
+    figure.legend(loc="outside lower center", frameon=False)
+    return figure
+
+
 def loss_curve(metrics: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
     """Draw (step, loss) of one or several runs: every value thin, its running mean over 2 % of them thick."""
     figure = _new_figure(8, 4.6)

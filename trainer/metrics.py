@@ -238,7 +238,7 @@ def curve_of_counts(
     return Verification(
         auc=float(np.trapezoid(tar_V, far_V)),
         best_accuracy=float(((tar_V + 1 - far_V) / 2).max()),
-        eer=_equal_error_rate(far_V, tar_V),
+        eer=equal_error_rate(far_V, tar_V),
         tar_at_far={far: _tar_at(far, far_V, tar_V) for far in fars if far * num_impostor >= 10},
         num_genuine=num_genuine,
         num_impostor=num_impostor,
@@ -348,8 +348,8 @@ def _tar_at(limit: float, far_V: np.ndarray, tar_V: np.ndarray) -> float:
     return float(tar_V[np.searchsorted(far_V, limit, side="right") - 1])
 
 
-def _equal_error_rate(far_V: np.ndarray, tar_V: np.ndarray) -> float:
-    """Return the FAR where FAR + TAR - 1, which rises from -1 to 1 along the curve, passes 0."""
+def equal_error_rate(far_V: np.ndarray, tar_V: np.ndarray) -> float:
+    """Return the FAR where FAR + TAR - 1, which rises from -1 to 1 along a ROC curve, passes 0."""
     excess_V = far_V + tar_V - 1
     after = int(np.searchsorted(excess_V, 0))
     before = after - 1

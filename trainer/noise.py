@@ -19,12 +19,12 @@ from torch import Tensor
 
 from trainer.cache import open_data_set
 from trainer.collectives import gather_batch, sum_over
-from trainer.compare import load_model
 from trainer.distributed import joined_world
 from trainer.errors import UserError
 from trainer.feed import build_eval_batches
 from trainer.head import DenseHead, own_targets
 from trainer.index import Index
+from trainer.models import load_model
 from trainer.options import load
 
 

@@ -1,13 +1,12 @@
 """The report of a run: what it learned, where it errs and how it was made, in one file for a browser.
 
-``runs/NAME/report.html`` needs neither network nor any other file. Legend: N images of a set, B of a block,
-D width of the features.
+``runs/NAME/report.html`` needs neither network nor any other file. Legend: N images of a set, D width of the
+features.
 """
 
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,78 +23,46 @@ from trainer.backbone import image_size_of
 from trainer.cache import open_data_set
 from trainer.config import Config
 from trainer.decode import decode
-from trainer.diagnostics import (
-    ClassResult,
-    Neighbours,
-    centroid_neighbours,
-    class_results,
-    effective_rank,
-)
+from trainer.diagnostics import WORST, ClassResult, HeadView, view_head
+from trainer.distributed import joined_world
 from trainer.errors import UserError
-from trainer.evaluate import SetResult
+from trainer.evaluate import EvalSets, SetResult, curves_of
+from trainer.hardpairs import Pairs, hardest_pairs
 from trainer.index import Index
-from trainer.options import dump
+from trainer.models import load_model
+from trainer.options import dump, load
 from trainer.page import Html
+from trainer.trained import open_trained
 
 FILE = "report.html"
 MAX_IMAGES = 20_000
 """Of a larger set this many, evenly spaced, are searched for pairs: 0.4 G cosines, seconds."""
 MAX_TSNE = 1500
-_MAP_IMAGES, _BLOCK, _PAIRS, _STRIPS, _SHOWN, _WORST = 5000, 1024, 8, 6, 7, 12
+_MAP_IMAGES, _PAIRS, _STRIPS, _SHOWN = 5000, 8, 6, 7
+_WORST_COLUMNS = ("class", "images", "loss", "accuracy", "cosine", "margin", "most taken for")
 _LOGARITHMIC = ("train/loss", "train/grad_norm")
 
 
-@dataclass(frozen=True)
-class HeadView:
-    """What the head looks like inside, found by all ranks together."""
-
-    neighbours: Neighbours
-    classes: dict[str, list[ClassResult]]
-    """Of every test set of classes that the head knows: worst first."""
-    class_names: tuple[str, ...]
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The hardest pairs of a set: (cosine, image, image)."""
-
-    positives: list[tuple[float, int, int]]
-    """Of one class, and yet far apart; the farthest first, one pair of a class."""
-    negatives: list[tuple[float, int, int]]
-    """Of two classes, and yet close; the closest first, one pair of two classes."""
-    is_wrong_N: Tensor
-    """Whether the nearest image is of another class."""
-
-
-def view_head(
-    head: Any, results: Sequence[SetResult], class_names: Sequence[str], known: Sequence[str]
-) -> HeadView:
-    """Look at the head and at the sets named in ``known``; every rank must call it, with equal results."""
-    neighbours = centroid_neighbours(head)
-    metrics, classes = dict(neighbours.metrics), {}
-    label_of = {name: label for label, name in enumerate(class_names)}
-    for result in results:
-        metrics[f"eval/{result.name}/effective_rank"] = effective_rank(result.embeddings_ND)
-        if result.name in known:
-            labels_N = result.labels_N
-            if class_names and result.class_names:
-                labels_N = torch.tensor([label_of[name] for name in result.class_names])[labels_N]
-            device = next(head.parameters()).device
-            classes[result.name] = class_results(
-                head, result.embeddings_ND.to(device), labels_N.to(device), class_names
-            )
-    return HeadView(neighbours, classes, tuple(class_names), metrics)
+def report(folder: Path, overrides: Sequence[str] = ()) -> Path:
+    """Judge a run's newest checkpoint and write its report; every rank must call it. Returns the path."""
+    config = load(folder / "config.yaml", overrides)
+    with joined_world(config.engine.timeout_seconds) as world:
+        backbone, head = load_model(folder, config, world)
+        names = open_trained(folder).class_names
+        results = list(EvalSets(config, world, names, head.shard.num_classes).evaluate(backbone, head))
+        view = view_head(head, results, names, list(config.eval.classification))
+        return write_report(folder, config, results, view) if world.is_main else folder / FILE
 
 
 def write_report(run: Path, config: Config, results: Sequence[SetResult], view: HeadView) -> Path:
     """Write ``report.html`` into the run folder and return its path; one rank calls it."""
+    seen = [result for result in results if len(result.labels_N)]  # a protocol has numbers only
     sections = [
         ("Results", _results(results, view)),
         ("Training", _training(run)),
-        ("Cosines", _cosines(results, run.name)),
-        ("Hardest pairs", Html("".join(_pairs(r, config) for r in results))),
-        ("Map", Html("".join(_map(r) for r in results))),
+        ("Cosines", _cosines(seen)),
+        ("Hardest pairs", Html("".join(_pairs(r, config) for r in seen))),
+        ("Map", Html("".join(_map(r) for r in seen))),
         ("Classes", _classes(config, view)),
         ("How it was made", _made(run, config)),
     ]
@@ -120,50 +87,7 @@ def tables_of_head(view: HeadView) -> Iterator[tuple[str, list[str | int], list[
     """Yield (name, columns, rows) of what is known of the head alone."""
     yield "near-classes", ["cosine", "class", "nearest other"], [list(row) for row in _near_classes(view)]
     for name, classes in view.classes.items():
-        rows = [[c.name, c.images, c.accuracy, c.cosine, c.margin, c.taken_for] for c in classes[:_WORST]]
-        yield f"worst-classes-{name}", ["class", "images", "accuracy", "cosine", "margin", "taken for"], rows
-
-
-def hardest_pairs(features_ND: Tensor, labels_N: Tensor, count: int) -> Pairs:
-    """Find the hardest pairs among all; no N x N matrix is held."""
-    size = len(labels_N)
-    lowest_N, far_N = torch.full((size,), 2.0), torch.full((size,), -1)
-    highest_N, near_N = torch.full((size,), -2.0), torch.full((size,), -1)
-    is_wrong_N = torch.zeros(size, dtype=torch.bool)
-    for low in range(0, size, _BLOCK):
-        block = slice(low, low + _BLOCK)
-        cosine_BN = features_ND[block] @ features_ND.T
-        same_BN = labels_N[block, None] == labels_N
-        other_BN = cosine_BN.masked_fill(same_BN, -2.0)
-        highest_N[block], near_N[block] = other_BN.max(1)
-        same_BN[torch.arange(len(cosine_BN)), torch.arange(low, low + len(cosine_BN))] = False
-        is_wrong_N[block] = highest_N[block] >= cosine_BN.masked_fill(~same_BN, -2.0).amax(1)
-        lowest_N[block], far_N[block] = cosine_BN.masked_fill(~same_BN, 2.0).min(1)
-    return Pairs(
-        _choose(lowest_N, far_N, labels_N, count, lowest_N < 2),
-        _choose(highest_N, near_N, labels_N, count, highest_N > -2, descending=True),
-        is_wrong_N,
-    )
-
-
-def _choose(
-    cosine_N: Tensor,
-    partner_N: Tensor,
-    labels_N: Tensor,
-    count: int,
-    is_there_N: Tensor,
-    descending: bool = False,
-) -> list[tuple[float, int, int]]:
-    """Take the first pair of every two classes, or of every class."""
-    chosen: dict[frozenset[int], tuple[float, int, int]] = {}
-    for i in cosine_N.argsort(descending=descending, stable=True).tolist():
-        if len(chosen) == count:
-            break
-        if is_there_N[i]:
-            j = int(partner_N[i])
-            classes = frozenset((int(labels_N[i]), int(labels_N[j])))
-            chosen.setdefault(classes, (float(cosine_N[i]), i, j))
-    return list(chosen.values())
+        yield f"worst-classes-{name}", list(_WORST_COLUMNS), [list(row) for row in _worst(classes)]
 
 
 def _tiles(results: Sequence[SetResult], view: HeadView) -> list[tuple[str, str]]:
@@ -213,16 +137,18 @@ def _training(run: Path) -> Html:
     return page.cards(drawn, "small") if drawn else page.note("This run has no metrics over time.")
 
 
-def _cosines(results: Sequence[SetResult], title: str) -> Html:
-    curves = {result.name: result.verification for result in results if result.verification is not None}
-    drawn = [_svg(figures.roc(curves))] if curves else []
+def _cosines(results: Sequence[SetResult]) -> Html:
+    drawn = [_svg(figure) for _, figure in curves_of(results)]
     for result in results:
         try:
             features_ND = F.normalize(result.embeddings_ND.float())
             drawn.append(_svg(figures.cosine_histogram(features_ND, result.labels_N, result.name)))
         except UserError:
             continue  # a set without two images of a class has no such picture
-    text = "Between images of one class and of different classes: the less the two overlap, the better."
+    text = (
+        "ROC: the same class or not, over all pairs. CMC: is one of the k nearest others of the same class? "
+        "Histograms: between images of one class and of different ones; the less they overlap, the better."
+    )
     return Html(page.note(text) + page.cards(drawn))
 
 
@@ -307,6 +233,12 @@ def _near_classes(view: HeadView) -> Iterator[tuple[float, str, str]]:
         yield cosine, names[a] if names else str(a), names[b] if names else str(b)
 
 
+def _worst(classes: Sequence[ClassResult]) -> Iterator[tuple[str | float, ...]]:
+    for c in classes[:WORST]:
+        assert c.loss is not None
+        yield c.name, c.images, c.loss, c.accuracy, c.cosine, c.margin, c.taken_for
+
+
 def _classes(config: Config, view: HeadView) -> Html:
     """Show the classes that are close, those that are weak, and what the number of images does."""
     if config.data.reader == "stream" or config.data.mix:
@@ -340,10 +272,9 @@ def _classes(config: Config, view: HeadView) -> Html:
     sizes = np.bincount(index.labels_N, minlength=index.num_classes)
     label_of = {name: label for label, name in enumerate(view.class_names)}
     for name, classes in view.classes.items():
-        columns = ("class", "images", "accuracy", "cosine", "margin", "most taken for")
-        worst = [(c.name, c.images, c.accuracy, c.cosine, c.margin, c.taken_for) for c in classes[:_WORST]]
         note = "Margin: mean cosine to the own centroid less that of the nearest other."
-        parts += [page.heading(f"Weakest classes of {name}"), page.note(note), page.table(columns, worst)]
+        parts += [page.heading(f"Weakest classes of {name}"), page.note(note)]
+        parts.append(page.table(_WORST_COLUMNS, _worst(classes)))
         images = [int(sizes[label_of[c.name]]) for c in classes if view.class_names]
         if len(set(images)) > 1:
             margins, title = [c.margin for c in classes], f"{name}: does a class need images?"

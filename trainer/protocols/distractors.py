@@ -109,16 +109,16 @@ def rank_among(first_Q: Tensor, scores_Q: Tensor, best_Pk: Tensor) -> Tensor:
 
 def open_set_rates(
     first_Q: Tensor, scores_Q: Tensor, best_Pk: Tensor, fpirs: tuple[float, ...]
-) -> dict[float, float]:
-    """Return fpir -> TPIR: every pair is a mated search, every probe without a mate a non-mated one."""
+) -> dict[float, Tensor]:
+    """Return fpir -> hits: every pair is a mated search, every probe without a mate a non-mated one."""
     found_Q = rank_among(first_Q, scores_Q, best_Pk) == 1
     return tpir_at_fpir(scores_Q, found_Q, best_Pk[:, 0], fpirs)
 
 
 def accept_rates(
     first_Q: Tensor, scores_Q: Tensor, best_Pk: Tensor, size: int, fars: Sequence[float]
-) -> dict[float, float]:
-    """Return far -> TAR of the pairs (p, g) against all P x size pairs (p, distractor).
+) -> dict[float, Tensor]:
+    """Return far -> hits: which pairs (p, g) are accepted, against all P x size pairs (p, distractor).
 
     Left out are rates that fewer than ten errors make up, and those for which some probe has more errors
     than the k that were kept.
@@ -130,5 +130,5 @@ def accept_rates(
         allowed = int(far * num_impostor + 1e-6)
         forgotten = best_Pk[:, -1].max() if best_Pk.shape[1] < size else -torch.inf
         if 10 <= allowed < len(best) and best[allowed] >= forgotten:
-            rates[far] = float((scores_Q > best[allowed]).double().mean())
+            rates[far] = (scores_Q > best[allowed]).double()
     return rates

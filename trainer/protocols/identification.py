@@ -27,10 +27,10 @@ def identification(
     fpirs: tuple[float, ...] = (0.1, 0.01, 0.001),
     sharing: Sharing = ALONE,
     block: int = BLOCK,
-) -> tuple[dict[str, Tensor], Tensor, dict[float, float]]:
-    """Return rank@k -> hit of each mated probe (float64), which probes are mated, and fpir -> TPIR.
+) -> tuple[dict[str, Tensor], Tensor, dict[float, Tensor]]:
+    """Return rank@k -> hit of each mated probe (float64), which probes are mated, and fpir -> hits, open set.
 
-    Every rank must call it and gets the same.
+    The figures are the means. Every rank must call it and gets the same.
     """
     mated_P = count_relevant(probes, gallery) > 0
     if not mated_P.any():

@@ -68,12 +68,12 @@ def all_pairs(
 
 def _histograms(images: Images, sharing: Sharing, block: int) -> Tensor:
     """Return the counts of this rank's tiles, int64: genuine pairs, and all pairs, of each bin."""
-    scaled = Images(images.features * BINS_OF_ONE, images.labels, images.ids)  # a power of two: exact
     pieces = list(blocks(len(images), block))
     counts_2T = torch.zeros(2, _NUM_BINS, dtype=torch.int64, device=images.features.device)
     for rows, columns in share(itertools.combinations_with_replacement(pieces, 2), sharing.part):
-        left, right = scaled[rows], images[columns]
-        bins_BC = (left.features @ right.features.T).add_(_NUM_BINS // 2).to(torch.int32)
+        left, right = images[rows], images[columns]
+        scaled_BD = left.features * BINS_OF_ONE  # a power of two: exact
+        bins_BC = (scaled_BD @ right.features.T).add_(_NUM_BINS // 2).to(torch.int32)
         if rows == columns:
             counts_2T[1] += _count(bins_BC.masked_select(left.ids[:, None] < right.ids))
         else:

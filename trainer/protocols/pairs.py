@@ -110,14 +110,22 @@ def curve(
     return curve_of_counts(thresholds_T, edges_T, genuine_T, above_T, reaching_T, len(impostors), fars)
 
 
-def weighted_tar(cosines_P: NDArray, same_P: NDArray[np.bool_], far: float, weights_P: NDArray) -> float:
-    """Return the highest weighted TAR of any threshold with weighted FAR <= ``far``."""
+def weighted_roc(
+    cosines_P: NDArray, same_P: NDArray[np.bool_], weights_P: NDArray
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return FAR and TAR from (0, 0) to (1, 1) of pairs that count so often; each kind must count."""
     order_P = np.argsort(-cosines_P, kind="stable")
     falling_P, same_P, weights_P = cosines_P[order_P], same_P[order_P], weights_P[order_P]
     last_P = np.append(falling_P[1:] != falling_P[:-1], True)
-    rates = [np.cumsum(weights_P * kind) / max((weights_P * kind).sum(), 1) for kind in (same_P, ~same_P)]
-    tar_P, far_P = (np.concatenate([[0], rate[last_P]]) for rate in rates)
-    return float(tar_P[np.searchsorted(far_P, far + 1e-12, side="right") - 1])
+    sums = [np.cumsum(weights_P * kind) for kind in (~same_P, same_P)]
+    far_V, tar_V = (np.concatenate([[0], sum_P[last_P]]) / sum_P[-1] for sum_P in sums)
+    return far_V, tar_V
+
+
+def weighted_tar(cosines_P: NDArray, same_P: NDArray[np.bool_], far: float, weights_P: NDArray) -> float:
+    """Return the highest weighted TAR of any threshold with weighted FAR <= ``far``."""
+    far_V, tar_V = weighted_roc(cosines_P, same_P, weights_P)
+    return float(tar_V[np.searchsorted(far_V, far + 1e-12, side="right") - 1])
 
 
 def _accuracies(distances_P: NDArray, same_P: NDArray[np.bool_], weights_P: NDArray) -> NDArray:

@@ -65,12 +65,13 @@ def images_of(features_ND: Tensor, labels_N: Tensor, first_id: int = 0) -> Image
 
 def tpir_at_fpir(
     mated_P: Tensor, found_P: Tensor, alone_Q: Tensor, fpirs: tuple[float, ...]
-) -> dict[float, float]:
-    """Open-set identification: return fpir -> TPIR, for rates that the non-mated searches can support.
+) -> dict[float, Tensor]:
+    """Open-set identification: return fpir -> hit of each mated search (float64); their mean is the TPIR.
 
     FPIR(t) is the fraction of the Q searches without a mate in the gallery whose nearest (``alone_Q``)
     reaches t; TPIR(t) that of the P searches whose mate is the nearest (``found_P``) and reaches t
-    (``mated_P``). TPIR at x is the highest of any threshold with FPIR <= x; an x with x * Q < 10 is left out.
+    (``mated_P``). TPIR at x is the highest of any threshold with FPIR <= x; an x that the
+    non-mated searches cannot support, x * Q < 10, is left out.
     """
     falling_Q = alone_Q.sort(descending=True).values
     rates = {}
@@ -79,5 +80,5 @@ def tpir_at_fpir(
             continue
         allowed = int(fpir * len(falling_Q) + 1e-9)  # so many may reach the threshold
         limit = falling_Q[allowed] if allowed < len(falling_Q) else falling_Q.new_tensor(-torch.inf)
-        rates[fpir] = float((found_P & (mated_P > limit)).double().mean())
+        rates[fpir] = (found_P & (mated_P > limit)).double()
     return rates

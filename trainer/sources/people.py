@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 
 from trainer.errors import UserError
+from trainer.regions import Box, region_box, within_photo
 from trainer.sources.files import extension_of, open_files, read_text
 from trainer.sources.folder import image_folder, read_from
 from trainer.sources.pictures import JPEG_QUALITY, is_image, jpeg_bytes
@@ -94,7 +95,7 @@ def pipa(path: Path, split: str, region: str = "head") -> Source:
 
     Needs all_data.txt in the folder: lines of photoset, photo, x, y, width, height, identity, subset.
     KEY.json says where a person was found, and, for every split_SET_NAME.txt beside it, "NAME": 0 (gallery)
-    or 1 (query). ``region`` is head, upper (2 heads wide, 3 high) or body (2 wide, 6 high).
+    or 1 (query). ``region`` is one of ``trainer/regions.py``.
     """
     heads = [h for h in map(_head, _lines(path / "all_data.txt", 8)) if h.subset == PIPA_SETS[split]]
     files = open_files(path)
@@ -111,7 +112,7 @@ def pipa(path: Path, split: str, region: str = "head") -> Source:
 
     def read(i: int) -> tuple[bytes, str]:
         name = file_of[f"{heads[i].photoset}_{heads[i].photo}"]
-        return _cut(files.read(name), _region(heads[i].box, region), str(path / name)), "jpg"
+        return _cut(files.read(name), region_box(heads[i].box, region), str(path / name)), "jpg"
 
     def notes(i: int) -> dict[str, Any]:
         head = heads[i]
@@ -139,23 +140,11 @@ def _head(words: Sequence[str]) -> _Head:
     return _Head(words[0], words[1], (x, y, width, height), words[6], int(words[7]))
 
 
-def _region(head: tuple[int, int, int, int], region: str) -> tuple[float, float, float, float]:
-    """Return left, top, right, bottom around a head of x, y, width, height."""
-    x, y, width, height = head
-    if region == "head":
-        return x, y, x + width, y + height
-    middle = x + width / 2
-    return middle - width, y, middle + width, y + {"upper": 3, "body": 6}[region] * height
-
-
-def _cut(photo: bytes, box: tuple[float, float, float, float], where: str) -> bytes:
+def _cut(photo: bytes, box: Box, where: str) -> bytes:
     try:
         with Image.open(io.BytesIO(photo)) as image:
-            left, top = (max(0, round(value)) for value in box[:2])
-            right, bottom = (min(side, round(value)) for side, value in zip(image.size, box[2:], strict=True))
-            if right <= left or bottom <= top:
-                raise ValueError(f"the box {box} lies outside of its {image.width} x {image.height} pixels")
-            return jpeg_bytes(image.convert("RGB").crop((left, top, right, bottom)), JPEG_QUALITY)
+            part = image.convert("RGB").crop(within_photo(box, *image.size))
+            return jpeg_bytes(part, JPEG_QUALITY)
     except Exception as error:  # PIL raises nearly anything on broken bytes
         raise UserError(f"{where}: cannot cut out: {' '.join(str(error).split())}") from None
 
