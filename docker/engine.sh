@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # A Docker engine of its own, and stand-ins for the public base images, for machines without registry.
 #
-#   docker/engine.sh up          start dockerd, its data below $ENGINE (default ~/.cache/coco-trainer/engine)
+#   docker/engine.sh up          start dockerd, its data below $ENGINE (default ~/.cache/coco-trainer/engine);
+#                                with ENGINE_MEMORY=9g in memory: a build writes each file of 7 GB once
 #   docker/engine.sh base NAME   make NAME (such as python:3.11.14-slim-bookworm) with debootstrap and this
 #                                machine's Python 3.11, where the registry that has it cannot be reached
 #   docker/engine.sh serve       serve the wheels that pip finds on this disk to builds, on 127.0.0.1
 #   docker/engine.sh down        stop both; images stay for the next time
-#   docker/engine.sh clean       down, and remove everything
+#   docker/engine.sh clean       down, and remove everything, memory too
 #
 # Root, Linux, Debian's packages docker.io and debootstrap (docker/apt-engine.txt). It changes nothing outside
 # $ENGINE: no bridge, no iptables rules. DOCKER_HOST=unix://$ENGINE/docker.sock talks to it.
@@ -20,6 +21,9 @@ WHEELS_PORT=${WHEELS_PORT:-8765}
 up() {
   mkdir -p "$ENGINE"
   $DOCKER version >/dev/null 2>&1 && return
+  if [ -n "${ENGINE_MEMORY:-}" ] && ! mountpoint -q "$ENGINE"; then
+    mount -t tmpfs -o "size=$ENGINE_MEMORY,mode=711" engine "$ENGINE"
+  fi
   setsid dockerd --data-root "$ENGINE/data" --exec-root "$ENGINE/exec" --pidfile "$ENGINE/dockerd.pid" \
     --host "$DOCKER_HOST" --iptables=false --ip6tables=false --bridge=none --storage-driver=overlay2 \
     >"$ENGINE/dockerd.log" 2>&1 </dev/null &
@@ -115,6 +119,10 @@ down() {
 case "${1:-}" in
 up | serve | down) "$1" ;;
 base) base "${2:?name of the image}" ;;
-clean) down; rm -rf "$ENGINE" ;;
+clean)
+  down
+  if mountpoint -q "$ENGINE"; then umount "$ENGINE"; fi
+  rm -rf "$ENGINE"
+  ;;
 *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

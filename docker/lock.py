@@ -1,8 +1,10 @@
-"""What of requirements.lock an image installs: ``lock.py cuda|cpu|torch requirements.lock``.
+"""What of requirements.lock goes into which layer of the image, as a requirements file for pip.
 
-``cuda`` prints all of it. ``cpu`` leaves out torch and torchvision, whose CPU builds come from an index of
-their own under other hashes, and what only the CUDA builds need. ``torch`` prints the two, name==version.
-Runs on a bare Python, before anything is installed.
+    lock.py torch cuda|cpu requirements.lock INDEX_OF_CPU_BUILDS
+    lock.py rest requirements.lock
+
+``torch``: torch, torchvision and the CUDA libraries, or their CPU builds alone, which come from an index of
+their own under other hashes. ``rest``: everything else. Runs on a bare Python, before anything is installed.
 """
 
 import platform
@@ -20,24 +22,35 @@ def entries(lock: str) -> list[str]:
     return re.split(r"\n(?=\S)", "\n".join(lines).strip())
 
 
-def without_cuda(lock: str) -> str:
-    """Return the entries that a CPU image installs from the lock."""
+def rest(lock: str) -> str:
+    """Return the requirements of both images beside torch."""
     kept = (e for e in entries(lock) if not e.startswith(CUDA_ONLY) and e.split("==")[0] not in TORCH)
-    return "\n".join(kept)
+    return "\n".join(["--require-hashes", *kept])
 
 
-def torch_pins(lock: str, machine: str) -> list[str]:
-    """Return ``name==version`` of torch and torchvision on such a machine (``platform.machine()``)."""
+def torch_and_cuda(lock: str) -> str:
+    """Return the requirements of torch's layer in an image for GPUs."""
+    kept = (e for e in entries(lock) if e.startswith(CUDA_ONLY) or e.split("==")[0] in TORCH)
+    return "\n".join(["--require-hashes", *kept])
+
+
+def torch_for_cpu(lock: str, index: str, machine: str) -> str:
+    """Return the requirements of torch's layer in an image for CPU (``platform.machine()``)."""
     other = "platform_machine != 'aarch64'" if machine == "aarch64" else "platform_machine == 'aarch64'"
     heads = (entry.split("\\")[0] for entry in entries(lock))
-    return [h.split(";")[0].strip() for h in heads if h.split("==")[0] in TORCH and other not in h]
+    pins = [h.split(";")[0].strip() for h in heads if h.split("==")[0] in TORCH and other not in h]
+    return "\n".join([f"--index-url {index}", *pins])
 
 
 if __name__ == "__main__":
-    variant, text = sys.argv[1], Path(sys.argv[2]).read_text()
-    if variant not in ("cuda", "cpu", "torch"):
-        sys.exit(f"error: VARIANT={variant}: is neither cuda nor cpu")
-    if variant == "torch":
-        print(*torch_pins(text, platform.machine()), sep="\n")
-    else:
-        print(text if variant == "cuda" else without_cuda(text))
+    match sys.argv[1:]:
+        case ["torch", "cuda", path, _]:
+            print(torch_and_cuda(Path(path).read_text()))
+        case ["torch", "cpu", path, index]:
+            print(torch_for_cpu(Path(path).read_text(), index, platform.machine()))
+        case ["rest", path]:
+            print(rest(Path(path).read_text()))
+        case ["torch", variant, *_]:
+            sys.exit(f"error: VARIANT={variant}: is neither cuda nor cpu")
+        case _:
+            sys.exit(__doc__)

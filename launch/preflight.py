@@ -22,7 +22,7 @@ def main() -> int:
     options = build_parser().parse_intermixed_args()
     config = load(options.config, options.overrides)
 
-    from trainer.distributed import joined_world  # torch: only once the command line is right
+    from trainer.distributed import LostRankError, joined_world  # torch: only once the command line is right
     from trainer.preflight import Limits, preflight, require_address, table
 
     limits = Limits(
@@ -34,8 +34,12 @@ def main() -> int:
     )
     sys.stderr.write(f"rank {os.environ.get('RANK', '0')} is on {socket.gethostname()}\n")
     require_address()
-    with joined_world(options.timeout_seconds) as world:
-        report = preflight(config, world, limits)
+    try:
+        with joined_world(options.timeout_seconds) as world:
+            report = preflight(config, world, limits)
+    except LostRankError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     if world.is_main:
         print(json.dumps(asdict(report)) if options.json else table(report), flush=True)
     return 1 if report.problems else 0
@@ -50,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", type=Path, metavar="FILE", help="the run's YAML file")
     add("overrides", nargs="*", metavar="section.field=value", help="the run's fields")
     add("--json", action="store_true", help="one JSON object: ranks, link, problems")
-    add("--timeout-seconds", type=float, default=60.0, help="wait so long for a host (default: 60)")
+    add("--timeout-seconds", type=float, default=40.0, help="wait so long for a host (default: 40)")
     add("--clock-seconds", type=float, default=1.0, help="clocks may differ so much (default: 1)")
     add("--disk-gib", type=float, default=10.0, help="free space for the run folder (default: 10)")
     add("--slowest", type=float, default=0.6, help="a rank's GEMM against the median (default: 0.6)")

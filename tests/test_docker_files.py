@@ -26,7 +26,13 @@ def test_the_dockerfile_keeps_to_what_old_engines_know_and_lint_asks_for() -> No
     assert "syntax=" not in DOCKERFILE.splitlines()[0]
     assert "<<" not in code
     assert "--link" not in code
-    assert re.findall(r"^FROM (\S+)", code, re.M) == ["${BASE_IMAGE}", "${BASE_IMAGE}", "runtime", "runtime"]
+    assert re.findall(r"^FROM (\S+)", code, re.M) == [
+        "${BASE_IMAGE}",
+        "${BASE_IMAGE}",
+        "packages",
+        "runtime",
+        "runtime",
+    ]
     [base] = re.findall(r"^ARG BASE_IMAGE=(\S+)$", code, re.M)
     assert re.fullmatch(r"python:3\.11\.\d+-slim-bookworm", base)
     assert code.index("requirements.lock") < code.index("COPY . .")
@@ -46,7 +52,8 @@ def test_credentials_and_data_cannot_get_into_the_build() -> None:
 
 
 def test_the_cpu_image_has_all_that_its_packages_need() -> None:
-    entries = lock.entries(lock.without_cuda(LOCK))
+    head, *entries = re.split(r"\n(?=\S)", lock.rest(LOCK))
+    assert head == "--require-hashes"
     kept = {re.split(r"[=\s]", entry)[0] for entry in entries} | {"torch", "torchvision"}
     assert not [name for name in kept if name.startswith(("nvidia", "cuda", "triton"))]
     for name in sorted(kept - {"torch"}):
@@ -61,6 +68,15 @@ def test_the_cpu_image_has_all_that_its_packages_need() -> None:
         assert "--hash=sha256:" in entry
 
 
+def test_the_two_layers_of_the_image_for_gpus_are_the_lock_cut_in_two() -> None:
+    heavy, light = (text.splitlines()[1:] for text in (lock.torch_and_cuda(LOCK), lock.rest(LOCK)))
+    assert lock.torch_and_cuda(LOCK).splitlines()[0] == "--require-hashes"
+    assert sorted(heavy + light) == sorted("\n".join(lock.entries(LOCK)).splitlines())
+    names = {line.split("==")[0] for line in heavy if "==" in line and not line.startswith(" ")}
+    assert {"torch", "torchvision", "triton", "nvidia-cudnn-cu13"} <= names
+    assert not names & {"numpy", "deepspeed", "timm"}
+
+
 @pytest.mark.parametrize(
     ("machine", "expected"),
     [
@@ -69,7 +85,8 @@ def test_the_cpu_image_has_all_that_its_packages_need() -> None:
     ],
 )
 def test_torch_of_the_cpu_image_is_the_one_of_the_lock(machine: str, expected: list[str]) -> None:
-    assert lock.torch_pins(LOCK, machine) == expected
+    wanted = lock.torch_for_cpu(LOCK, "https://index", machine)
+    assert wanted.splitlines() == ["--index-url https://index", *expected]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ accelerator torch knows (NCCL on NVIDIA): this is the one place that asks.
 import dataclasses
 import os
 import resource
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,13 +107,20 @@ def joined_world(timeout_seconds: float) -> Iterator[World]:
         where: dict = {"store": dist.HashStore()}
     else:
         where = {"init_method": "env://"}
-    dist.init_process_group(
-        dist.get_default_backend_for_device(device),
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=timeout_seconds),
-        **where,
-    )
+    try:
+        dist.init_process_group(
+            dist.get_default_backend_for_device(device),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout_seconds),
+            **where,
+        )
+    except dist.DistError as error:
+        meeting = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        raise LostRankError(
+            f"not all of {size} ranks came to {meeting} within {timeout_seconds:g} s: did every host start, "
+            f"and can it reach that address? ({str(error).splitlines()[0]})"
+        ) from error
     group = distributed_c10d._get_default_group()
     world = World(
         rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device, group=group
@@ -175,6 +183,11 @@ def _device(local_rank: int) -> torch.device:
     """Return this rank's device; ``DS_ACCELERATOR=cpu`` (DeepSpeed's own switch) keeps a GPU host on CPU."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
         return torch.device("cpu")
+    if local_rank >= torch.accelerator.device_count():
+        raise UserError(
+            f"{socket.gethostname()}: rank {local_rank} of this host has no device, there are "
+            f"{torch.accelerator.device_count()}; see slots= in the hostfile, --num_gpus or --nproc-per-node"
+        )
     torch.accelerator.set_device_index(local_rank)
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None

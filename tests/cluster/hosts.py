@@ -10,6 +10,7 @@ A host needs its own process namespace: DeepSpeed's launcher ends a failed job b
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +44,8 @@ def why_not() -> str | None:
     """Return why hosts cannot be made here, None if they can."""
     if os.geteuid() != 0:
         return "needs root: it makes network namespaces"
-    for program, package in (("sshd", "openssh-server"), ("pdsh", "pdsh"), ("ip", "iproute2")):
+    programs = {"sshd": "openssh-server", "pdsh": "pdsh", "ip": "iproute2", "ethtool": "ethtool"}
+    for program, package in programs.items():
         if shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin:/sbin") is None:
             return f"needs {program}: apt-get install {package} (all: docker/apt-cluster.txt)"
     tried = subprocess.run(
@@ -61,6 +63,7 @@ class Hosts:
         self.folder = folder
         self.names = [f"node{i + 1}" for i in range(num_hosts)]
         self._outer: dict[str, subprocess.Popen[bytes]] = {}
+        self._wires: list[subprocess.Popen[bytes]] = []
         try:
             self._keys()
             self._switch = subprocess.Popen([*_DIE_WITH_US, "unshare", "--net", "sleep", "infinity"])
@@ -127,12 +130,19 @@ class Hosts:
         self.run(name, "tc", "qdisc", "replace", "dev", "eth0", *shape)
 
     def disturb(self, name: str, delay_ms: float, loss: float) -> None:
-        """Add delay and loss on the way to a host. Raises OSError where the kernel lacks netem."""
-        shape = ("root", "netem", "delay", f"{delay_ms}ms", "loss", f"{100 * loss}%")
+        """Add delay and loss both ways, by tc's netem or, where the kernel has none, by a wire."""
+        port, shape = self._port(name), ("netem", "delay", f"{delay_ms}ms", "loss", f"{100 * loss}%")
         try:
-            self._on_switch("tc", "qdisc", "replace", "dev", self._port(name), *shape)
-        except subprocess.CalledProcessError as error:
-            raise OSError(f"tc netem: {error.stderr.strip()}") from None
+            self._on_switch("tc", "qdisc", "replace", "dev", port, "root", *shape)
+            self.run(name, "tc", "qdisc", "replace", "dev", "eth0", "root", *shape)
+        except subprocess.CalledProcessError:
+            self._put_wire_before(port, delay_ms / 1e3, loss)
+
+    def connecting_seconds(self, name: str, other: str) -> float:
+        """Return how long a TCP connection from one host to another's sshd takes: one round trip or more."""
+        code = "import socket, sys, time; began = time.perf_counter(); "
+        code += "socket.create_connection((sys.argv[1], 22)).close(); print(time.perf_counter() - began)"
+        return float(self.run(name, sys.executable, "-c", code, self.address(other)))
 
     def overlay(self, name: str, path: Path, content: str) -> None:
         """Let one host see another content of a file."""
@@ -144,7 +154,8 @@ class Hosts:
         self.run(name, "umount", path)
 
     def close(self) -> None:
-        for process in [*self._outer.values(), *([self._switch] if hasattr(self, "_switch") else [])]:
+        switch = [self._switch] if hasattr(self, "_switch") else []
+        for process in [*self._wires, *self._outer.values(), *switch]:
             process.kill()
             process.wait()
 
@@ -173,6 +184,19 @@ class Hosts:
             ),
             f"sshd of {name}",
         )
+
+    def _put_wire_before(self, port: str, delay_seconds: float, loss: float) -> None:
+        """Unplug ``port`` from the switch and connect it again by a slow wire."""
+        for name in self.names:  # the wire carries whole frames
+            self.run(name, "ethtool", "-K", "eth0", "tx", "off", "tso", "off", "gso", "off", "gro", "off")
+        near, far = f"{port}near", f"{port}far"
+        self._on_switch("ip", "link", "add", near, "type", "veth", "peer", "name", far)
+        self._on_switch("ip", "link", "set", near, "up")
+        self._on_switch("ip", "link", "set", far, "master", "br0", "up")
+        wire = (sys.executable, Path(__file__).with_name("wire.py"), port, near, delay_seconds, loss)
+        inside = ("nsenter", "--target", self._switch.pid, "--net", *wire)
+        self._wires.append(subprocess.Popen([str(part) for part in (*_DIE_WITH_US, *inside)]))
+        self._on_switch("ip", "link", "set", port, "nomaster")
 
     def _keys(self) -> None:
         """Write a key of the user, one of every host, and who knows whom."""

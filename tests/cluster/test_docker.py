@@ -1,7 +1,9 @@
 """The image, for real: `make docker-test` builds docker/Dockerfile, twice, looks into it and trains in it.
 
 Uses the engine that answers, or starts one by docker/engine.sh (root), with stand-ins for base images where
-no registry can be reached. Two builds of 6 GB take some minutes and 15 GB of disk; REBUILD=0 makes only one.
+no registry can be reached. An image of VARIANT=cuda (the default) takes 7 GB, 9 GB while it is built; with an
+engine of its own the first is removed before the second is built. ENGINE_MEMORY=9g keeps all of it in memory,
+REBUILD=0 builds only once.
 """
 
 import hashlib
@@ -22,15 +24,16 @@ from launching import REPOSITORY, Started, read_metrics
 ENGINE = Path(os.environ.get("ENGINE", Path.home() / ".cache" / "coco-trainer" / "engine"))
 BASE = re.search(r"^ARG BASE_IMAGE=(\S+)$", (REPOSITORY / "docker/Dockerfile").read_text(), re.M)[1]  # type: ignore[index]
 IMAGE = "coco-trainer:test"
+VARIANT = os.environ.get("VARIANT", "cuda")  # the Makefile reads it too
 STEPS = 12
 HARDENED = ("--network=none", "--read-only", "--tmpfs=/tmp:mode=1777", "--cap-drop=ALL", "--shm-size=512m")
 
 
 class Docker:
-    """A client and the engine it talks to."""
+    """A client and the engine it talks to, which is of this test alone or not."""
 
-    def __init__(self, program: str, options: tuple[str, ...], **environment: str) -> None:
-        self.program, self.options = program, options
+    def __init__(self, program: str, options: tuple[str, ...], is_own: bool, **environment: str) -> None:
+        self.program, self.options, self.is_own = program, options, is_own
         self.environment = {**os.environ, "DOCKER_BUILDKIT": "1", **environment}
 
     def __call__(self, *arguments: str, seconds: float = 1800) -> str:
@@ -51,6 +54,12 @@ class Docker:
             cwd=REPOSITORY, env=self.environment, check=True, timeout=3000,
         )  # fmt: skip
 
+    def forget(self, tag: str) -> None:
+        """Remove an image, and with an engine of this test's own what its build has kept."""
+        self("image", "rm", tag, f"coco-trainer:{VARIANT}")
+        if self.is_own:
+            self("builder", "prune", "--all", "--force")
+
     def in_image(self, *command: str, options: tuple[str, ...] = HARDENED) -> str:
         return self("run", "--rm", *options, IMAGE, *command)
 
@@ -59,7 +68,7 @@ class Docker:
 def docker() -> Iterator[Docker]:
     """The engine of this machine, or one of its own that stops afterwards."""
     if shutil.which("docker") and not subprocess.run(["docker", "version"], capture_output=True).returncode:
-        yield Docker("docker", ())
+        yield Docker("docker", (), is_own=False)
         return
     for program, package in (("dockerd", "docker.io"), ("debootstrap", "debootstrap")):
         if os.geteuid() != 0 or not shutil.which(program):
@@ -72,7 +81,7 @@ def docker() -> Iterator[Docker]:
         subprocess.run(["docker/engine.sh", *command], cwd=REPOSITORY, env=environment, check=True)
     options = ("--network=host", f"--secret id=pip,src={ENGINE / 'pip.conf'}")
     try:
-        yield Docker("/usr/bin/docker", options, DOCKER_HOST=f"unix://{ENGINE / 'docker.sock'}")
+        yield Docker("/usr/bin/docker", options, is_own=True, DOCKER_HOST=f"unix://{ENGINE / 'docker.sock'}")
     finally:
         subprocess.run(["docker/engine.sh", "down"], cwd=REPOSITORY, env=environment, check=True)
 
@@ -81,6 +90,11 @@ def docker() -> Iterator[Docker]:
 def image(docker: Docker) -> str:
     docker.build(IMAGE)
     return IMAGE
+
+
+@pytest.fixture(scope="session")
+def files(docker: Docker, image: str) -> dict[str, str]:
+    return files_of(docker, image)
 
 
 def files_of(docker: Docker, image: str) -> dict[str, str]:
@@ -117,7 +131,7 @@ def test_it_runs_as_nobody_in_particular_and_carries_labels(docker: Docker, imag
     labels = inspected["Config"]["Labels"]
     assert labels["org.opencontainers.image.revision"] == revision.strip()
     assert labels["coco-trainer.lock-sha256"] == lock
-    assert labels["coco-trainer.variant"] == "cuda"
+    assert labels["coco-trainer.variant"] == VARIANT
     assert inspected["Config"]["User"] == "1000"
     assert docker.in_image("id", "-u").strip() == "1000"
 
@@ -130,55 +144,115 @@ def test_its_packages_are_those_of_the_lock(docker: Docker, image: str) -> None:
         assert found[name] in pinned, name
 
 
-def test_it_holds_no_credentials_caches_or_compilers(docker: Docker, image: str) -> None:
-    names = files_of(docker, image)
+def test_it_holds_no_credentials_caches_or_compilers(
+    docker: Docker, image: str, files: dict[str, str]
+) -> None:
     wrong = re.compile(
         r"(^|/)(\.netrc|\.git|\.ssh|id_rsa|id_ed25519|ssh_host_\w+|pip\.conf|\.pypirc|credentials)$"
         r"|^root/\.cache/.|^tmp/.|^var/lib/apt/lists/.|^usr/bin/(gcc|g\+\+|cc)$|^app/(data|runs)/.|\.whl$"
     )
     allowed = "etc/pip.conf"  # an empty place where the secret was mounted
-    assert [name for name in names if wrong.search(name) and name != allowed] == []
+    assert [name for name in files if wrong.search(name) and name != allowed] == []
     history = docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", image)
     assert not re.search(r"(token|password|secret=|api_key)", history, re.I)
 
 
-def test_the_same_run_gives_the_same_curve_inside_and_outside(
-    docker: Docker, image: str, digits: Path, tmp_path: Path
-) -> None:
-    shared = (
-        "--config", "configs/demo.yaml", f"optim.steps={STEPS}", "optim.epochs=null", "log.every_steps=1",
-        "log.progress=false",
-    )  # fmt: skip
-
-    def where(data: Path, root: Path) -> tuple[str, ...]:
-        return (f"data.train={data}/train", f"eval.classification.test={data}/test", f"run.root={root}")
-
-    done = Started(sys.executable, "launch/train.py", *shared, *where(digits, tmp_path)).wait()
+@pytest.fixture(scope="session")
+def outside(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    """The losses of a run on this machine, without any image."""
+    root = tmp_path_factory.mktemp("outside")
+    done = Started(sys.executable, "launch/train.py", *arguments(digits, root)).wait()
     assert done.code == 0, done.stderr
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs").chmod(0o777)
-    for folder in [digits, *digits.parents]:
-        if folder.stat().st_uid == os.geteuid() and folder != Path("/tmp") and "pytest" in str(folder):
-            folder.chmod(0o755)
-    mounts = (f"--volume={digits}:/app/data:ro", f"--volume={tmp_path / 'runs'}:/app/runs")
-    docker.in_image(
-        "python", "launch/train.py", *shared, *where(Path("/app/data"), Path("/app/runs")),
-        options=(*HARDENED, *mounts, "--env=OMP_NUM_THREADS=1", "--env=DS_ACCELERATOR=cpu"),
+    return losses(root)
+
+
+def arguments(data: Path | str, root: Path | str) -> tuple[str, ...]:
+    """Return the demo's recipe, shortened."""
+    return (
+        "--config", "configs/demo.yaml", f"optim.steps={STEPS}", "optim.epochs=null", "log.every_steps=1",
+        "log.progress=false", "optim.lr=0.0001", f"data.train={data}/train",
+        f"eval.classification.test={data}/test", f"run.root={root}",
     )  # fmt: skip
-    inside, outside = (
-        torch.tensor([line["train/loss"] for line in read_metrics(run)], dtype=torch.float64)
-        for run in (tmp_path / "runs" / "demo", tmp_path / "demo")
-    )
-    assert len(outside) == STEPS
+
+
+def losses(root: Path) -> torch.Tensor:
+    return torch.tensor([line["train/loss"] for line in read_metrics(root / "demo")], dtype=torch.float64)
+
+
+def mounted(digits: Path, runs: Path) -> tuple[str, ...]:
+    """Return the options of a container that reads data and writes runs on this machine's disk."""
+    runs.mkdir()
+    runs.chmod(0o777)  # the user of the image is nobody here
+    digits.chmod(0o755)
+    variables = ("--env=OMP_NUM_THREADS=1", "--env=DS_ACCELERATOR=cpu")
+    return (*HARDENED, f"--volume={digits}:/app/data:ro", f"--volume={runs}:/app/runs", *variables)
+
+
+def test_the_same_run_gives_the_same_curve_inside_and_outside(
+    docker: Docker, image: str, digits: Path, outside: torch.Tensor, tmp_path: Path
+) -> None:
+    options = mounted(digits, tmp_path / "runs")
+    docker.in_image("python", "launch/train.py", *arguments("data", "runs"), options=options)
+    inside = losses(tmp_path / "runs")
+    assert len(inside) == STEPS
     assert torch.equal(inside, outside)
 
 
+def test_two_containers_train_together_on_a_cable_of_their_own(
+    docker: Docker, image: str, digits: Path, outside: torch.Tensor, tmp_path: Path
+) -> None:
+    """As docker/compose.yaml has it, but connected by hand: the engine of this test has no networks."""
+    if not docker.is_own:
+        pytest.skip("connecting containers needs root and an engine on this machine")
+    addresses = {"node1": "10.78.0.1", "node2": "10.78.0.2"}
+    options = (
+        *mounted(digits, tmp_path / "runs"), *(f"--add-host={n}:{a}" for n, a in addresses.items()),
+        "--env=NODES=2", "--env=GPUS=1", "--env=FIRST_HOST=node1", "--env=GLOO_SOCKET_IFNAME=eth0",
+    )  # fmt: skip
+    wait = 'until [ -e runs/connected ]; do sleep 0.1; done; exec launch/cluster/torchrun.sh "$@"'
+    command = (IMAGE, "bash", "-c", wait, "torchrun.sh", *arguments("data", "runs"))
+    both = [docker("run", "--detach", f"--hostname={n}", *options, *command).strip() for n in addresses]
+    try:
+        pids = [docker("inspect", "--format", "{{.State.Pid}}", one).strip() for one in both]
+        ends = ("netns", pids[0], "type", "veth", "peer", "name", "eth0", "netns", pids[1])
+        subprocess.run(["ip", "link", "add", "eth0", *ends], check=True)
+        for pid, address in zip(pids, addresses.values(), strict=True):
+            inside = ("nsenter", "--target", pid, "--net", "ip")
+            subprocess.run([*inside, "addr", "add", f"{address}/24", "dev", "eth0"], check=True)
+            subprocess.run([*inside, "link", "set", "eth0", "up"], check=True)
+        (tmp_path / "runs" / "connected").touch()
+        codes = [docker("wait", one, seconds=300).strip() for one in both]
+        assert codes == ["0", "0"], [docker("logs", "--tail", "30", one) for one in both]
+    finally:
+        docker("rm", "--force", *both)
+    # float32 sums in another order
+    torch.testing.assert_close(losses(tmp_path / "runs"), outside, rtol=1e-4, atol=0)
+
+
+def test_the_tests_run_inside(docker: Docker, image: str) -> None:
+    chosen = (
+        "tests/test_head.py",
+        "tests/test_fused.py",
+        "tests/test_collectives.py",
+        "tests/test_options.py",
+    )
+    told = docker.in_image("python", "-m", "pytest", "-p", "no:cacheprovider", *chosen)
+    assert re.search(r"^\d+ passed", told, re.M), told[-2000:]
+    assert "skipped" not in told
+
+
 @pytest.mark.skipif(os.environ.get("REBUILD") == "0", reason="REBUILD=0: no second build")
-def test_two_builds_hold_the_same_files(docker: Docker, image: str) -> None:
+def test_two_builds_hold_the_same_files(docker: Docker, image: str, files: dict[str, str]) -> None:
+    docker.forget(image)
     docker.build(f"{IMAGE}-again", "--no-cache")
-    first, second = files_of(docker, image), files_of(docker, f"{IMAGE}-again")
-    assert len(first) > 10_000
-    assert {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)} == set()
+    again = files_of(docker, f"{IMAGE}-again")
+    print(f"{len(files)} files, tree {tree_hash(files)}; again {len(again)} files, tree {tree_hash(again)}")
+    assert len(files) > 10_000
+    assert {name for name in files.keys() | again.keys() if files.get(name) != again.get(name)} == set()
+
+
+def tree_hash(files: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
 
 
 LOCK = (REPOSITORY / "requirements.lock").read_text()

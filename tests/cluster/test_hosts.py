@@ -7,8 +7,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,9 @@ from conftest import skip_without_rights
 from hosts import Hosts, hosts_up
 from launching import BIN, REPOSITORY, Finished, Started, free_port, read_metrics
 
-TIMEOUT = 10.0  # engine.timeout_seconds of the runs that lose something
+# engine.timeout_seconds of the runs that lose something in silence. On two busy cores a rank can be 10 s late
+# for its first step, which is not what these tests are about.
+TIMEOUT = 25.0
 STEPS = 24
 # What the launcher itself adds until it has ended: ssh's 2 x 5 s to see a dead host, its clean-up over ssh.
 LAUNCHER = 35.0
@@ -33,16 +35,16 @@ def arguments(digits: Path, root: Path, name: str, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def long_run(digits: Path, root: Path, name: str) -> list[str]:
+def long_run(digits: Path, root: Path, name: str, timeout_seconds: float) -> list[str]:
     """Return a run that goes on for long enough to lose something, with checkpoints to go on from."""
     return arguments(
         digits, root, name, "optim.steps=3000", "optim.schedule=constant", "checkpoint.every_steps=10",
-        f"engine.timeout_seconds={TIMEOUT}",
+        f"engine.timeout_seconds={timeout_seconds}",
     )  # fmt: skip
 
 
 def start(
-    cluster: Hosts, slots: dict[str, int], script: str, *options: str, root: Path, on: str = "node1"
+    cluster: Hosts, slots: Mapping[str, int | str], script: str, *options: str, root: Path, on: str = "node1"
 ) -> Started:
     """Start ``deepspeed --hostfile`` on a host as docs/cluster.md says."""
     hostfile = root / "hostfile"
@@ -68,16 +70,25 @@ def losses(run: Path) -> torch.Tensor:
     return torch.tensor([line["train/loss"] for line in lines], dtype=torch.float64)
 
 
-def wait_for_step(run: Path, step: int, started: Started, seconds: float = 120) -> None:
-    def come() -> bool:
-        lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
-        return len(lines) > step and (run / "checkpoints").exists()
+def wait_for_step(run: Path, step: int, started: Started, seconds: float = 240) -> None:
+    def steps_done() -> int:
+        metrics = run / "metrics.jsonl"
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
+    wait_until(lambda: steps_done() >= step, started, seconds)
+
+
+def wait_for_checkpoint(run: Path, started: Started, seconds: float = 240) -> None:
+    wait_until(lambda: any((run / "checkpoints").glob("step-*")), started, seconds)
+
+
+def wait_until(is_so: Callable[[], bool], started: Started, seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while not come():
+    while not is_so():
         if started.process.poll() is not None:
             raise AssertionError(started.wait().stderr[-3000:])
-        assert time.monotonic() < deadline, f"{run} did not come to step {step}"
+        if time.monotonic() > deadline:
+            started.wait(0)  # raises with what it has said
         time.sleep(0.2)
 
 
@@ -124,7 +135,7 @@ def test_the_loss_curve_on_two_hosts_is_that_of_one_process(
 
 def test_a_rank_that_is_killed_ends_all_with_its_name(cluster: Hosts, digits: Path, tmp_path: Path) -> None:
     started = start(
-        cluster, dict.fromkeys(cluster.names, 1), "launch/train.py", *long_run(digits, tmp_path, "kill"),
+        cluster, dict.fromkeys(cluster.names, 1), "launch/train.py", *long_run(digits, tmp_path, "kill", 600),
         root=tmp_path,
     )  # fmt: skip
     wait_for_step(tmp_path / "kill", 3, started)
@@ -143,9 +154,9 @@ def test_a_host_or_cable_that_is_lost_ends_all_in_time_and_fewer_hosts_go_on(
     tmp_path_factory: pytest.TempPathFactory, digits: Path, tmp_path: Path, how: str
 ) -> None:
     with two_hosts(tmp_path_factory) as cluster:
-        run, training = tmp_path / how, long_run(digits, tmp_path, how)
+        run, training = tmp_path / how, long_run(digits, tmp_path, how, TIMEOUT)
         started = start(cluster, {"node1": 1, "node2": 1}, "launch/train.py", *training, root=tmp_path)
-        wait_for_step(run, 12, started)
+        wait_for_checkpoint(run, started)
         if how == "power":
             cluster.power_off("node2")
         else:
@@ -167,18 +178,17 @@ def test_a_host_or_cable_that_is_lost_ends_all_in_time_and_fewer_hosts_go_on(
 def test_a_slow_link_changes_nothing_but_time(
     tmp_path_factory: pytest.TempPathFactory, digits: Path, one_process: Path, tmp_path: Path
 ) -> None:
-    """tc shapes the link of node2 in mid-run; delay and loss too where the kernel has netem."""
+    """In mid-run node2 is left 20 Mbit/s, then 10 ms are added to a round trip and a frame in 200 is lost."""
     with two_hosts(tmp_path_factory) as cluster:
         training = arguments(digits, tmp_path, "slow")
         started = start(cluster, {"node1": 1, "node2": 1}, "launch/train.py", *training, root=tmp_path)
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "slow" / "metrics.jsonl").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_for_step(tmp_path / "slow", 1, started)
         cluster.limit("node2", "20mbit")
-        with suppress(OSError):
-            cluster.disturb("node2", delay_ms=5, loss=0.01)
+        wait_for_step(tmp_path / "slow", 4, started)
+        cluster.disturb("node2", delay_ms=5, loss=0.005)
         done = started.wait()
         assert done.code == 0, done.stderr
+        assert cluster.connecting_seconds("node1", "node2") >= 0.01
         torch.testing.assert_close(losses(tmp_path / "slow"), losses(one_process), rtol=1e-4, atol=0)
 
 
@@ -187,7 +197,7 @@ def test_ctrl_c_and_sigterm_reach_every_rank(
     cluster: Hosts, digits: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     started = start(
-        cluster, dict.fromkeys(cluster.names, 1), "launch/train.py", *long_run(digits, tmp_path, "stop"),
+        cluster, dict.fromkeys(cluster.names, 1), "launch/train.py", *long_run(digits, tmp_path, "stop", 600),
         root=tmp_path,
     )  # fmt: skip
     wait_for_step(tmp_path / "stop", 3, started)
@@ -219,43 +229,58 @@ def test_elastic_goes_on_with_the_host_that_is_left(
     tmp_path_factory: pytest.TempPathFactory, digits: Path, tmp_path: Path
 ) -> None:
     with two_hosts(tmp_path_factory) as cluster:
-        run, training = tmp_path / "elastic", long_run(digits, tmp_path, "elastic")
+        run, training = tmp_path / "elastic", long_run(digits, tmp_path, "elastic", TIMEOUT)
         training[training.index("optim.steps=3000")] = "optim.steps=300"
         hostfile = tmp_path / "hostfile"
         hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
-        supervisor = (
-            "launch/elastic.py",
-            "--hostfile",
-            hostfile,
-            "--max-restarts",
-            "1",
-            "--pause-seconds",
-            "1",
-        )
-        started = Started(
-            *cluster.command("node1", sys.executable, *supervisor, *training), **variables(tmp_path)
-        )
-        wait_for_step(run, 12, started)
+        started = supervised(cluster, hostfile, "--max-restarts", "1", *training)
+        wait_for_checkpoint(run, started)
         cluster.power_off("node2")
-        done = started.wait(300)
+        done = started.wait(400)
         assert done.code == 0, done.stderr[-4000:]
-        assert "node2 is left out" in done.stderr
+        assert "node2 is left out: ssh: connect to host node2" in done.stderr
         assert "try 2 of 2 on node1 x 1" in done.stderr
         assert "resumed from" in done.stderr
         assert json.loads((run / "done.json").read_text())["step"] == 300
         assert len(losses(run)) == 300
 
 
-def test_a_host_that_does_not_answer_ends_the_preflight_within_a_minute(
-    tmp_path_factory: pytest.TempPathFactory, digits: Path, tmp_path: Path
+@pytest.mark.parametrize("script", ["launch/preflight.py", "launch/elastic.py"])
+def test_a_host_that_does_not_answer_is_named_within_a_minute(
+    tmp_path_factory: pytest.TempPathFactory, digits: Path, tmp_path: Path, script: str
 ) -> None:
     with two_hosts(tmp_path_factory) as cluster:
         cluster.cut("node2")
-        slots = dict.fromkeys(cluster.names, 1)
-        options = (*arguments(digits, tmp_path, "pre"), "--timeout-seconds", "20")
-        done = start(cluster, slots, "launch/preflight.py", *options, root=tmp_path).wait(60)
-        assert done.code != 0
-        assert "node2" in done.stderr, done.stderr
+        training = arguments(digits, tmp_path, "absent")
+        if script == "launch/preflight.py":
+            started = start(cluster, dict.fromkeys(cluster.names, 1), script, *training, root=tmp_path)
+            reason = "not all of 2 ranks came to 10.77.0.1"
+        else:
+            hostfile = tmp_path / "hostfile"
+            hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
+            more = ("--min-hosts", "2", "--max-restarts", "0")
+            started = supervised(cluster, hostfile, *more, *training)
+            reason = "try 1 of 1: 1 hosts, 2 needed"
+        done = started.wait(60)
+        assert done.code == 1, done.stderr
+        assert "ssh: connect to host node2 port 22" in done.stderr
+        assert reason in done.stderr
+
+
+def test_wrong_slots_end_the_launcher_with_the_line(cluster: Hosts, digits: Path, tmp_path: Path) -> None:
+    slots = {"node1": "1", "node2": "many"}
+    done = start(
+        cluster, slots, "launch/train.py", *arguments(digits, tmp_path, "slots"), root=tmp_path
+    ).wait(60)
+    assert done.code == 1
+    assert "node2 slots=many" in done.stderr
+    assert not (tmp_path / "slots").exists()
+
+
+def supervised(cluster: Hosts, hostfile: Path, *options: str) -> Started:
+    """Start launch/elastic.py on node1."""
+    script = (sys.executable, "launch/elastic.py", "--hostfile", hostfile, "--pause-seconds", "1")
+    return Started(*cluster.command("node1", *script, *options), **variables(hostfile.parent))
 
 
 def ends_in_time(started: Started) -> Finished:

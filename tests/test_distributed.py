@@ -1,0 +1,37 @@
+"""Joining: what a rank says when the others do not come, or when it has no device."""
+
+import pytest
+import torch
+from launching import free_port
+
+from trainer import distributed
+from trainer.distributed import LostRankError, joined_world
+from trainer.errors import UserError
+
+
+@pytest.mark.parametrize(("rank", "reason"), [(0, "1/3 clients joined"), (1, "")])
+def test_a_rank_that_waits_alone_says_for_how_many_and_where(
+    monkeypatch: pytest.MonkeyPatch, rank: int, reason: str
+) -> None:
+    port = str(free_port())
+    launched = {
+        "RANK": rank,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 3,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
+    complaint = f"not all of 3 ranks came to 127.0.0.1:{port} within 1 s.*{reason}"
+    with pytest.raises(LostRankError, match=complaint), joined_world(1.0):
+        pass
+
+
+def test_more_slots_than_devices_are_refused_with_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setattr(distributed.socket, "gethostname", lambda: "node7")
+    with pytest.raises(UserError, match="node7: rank 4 of this host has no device, there are 4; slots="):
+        distributed._device(4)
