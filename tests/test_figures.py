@@ -68,7 +68,7 @@ def test_three_dimensions_are_drawn_within_the_sphere_of_the_longest_embedding()
 
 def test_the_view_keeps_rays_apart() -> None:
     rays_KD = np.array([[0.0, 1, 0], [0, -1, 0], [1, 0, 0], [1, 0, 1]])
-    elevation, azimuth = figures._best_view(rays_KD)
+    elevation, azimuth = figures._best_view(dict(enumerate(rays_KD)))
     e, a = np.deg2rad([elevation, azimuth])
     to_viewer = np.array([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)])
     for ray in rays_KD:  # none points at the viewer or away
