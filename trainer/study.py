@@ -71,6 +71,8 @@ class Study:
     """A study file, checked."""
 
     name: str
+    command: str
+    """What repeats it."""
     base: Path
     axes: Mapping[str, Mapping[str, Any]]
     baseline: str | None
@@ -107,7 +109,8 @@ def load_study(path: Path, root: Path, overrides: Sequence[str] = ()) -> Study:
         folder = root / path.stem / f"{'-'.join(map(str, row))}-seed{seed}"
         runs.append(Run(tuple(map(str, row)), seed, folder, (*texts, *overrides, f"seed={seed}")))
     ranks, metrics = tree.get("ranks", 1), tuple(tree["metrics"])
-    study = Study(path.stem, Path(tree["base"]), axes, baseline, metrics, ranks, tuple(runs))
+    command = shlex.join(["python", "launch/study.py", str(path), *overrides])
+    study = Study(path.stem, command, Path(tree["base"]), axes, baseline, metrics, ranks, tuple(runs))
     for run in {run.row: run for run in study.runs}.values():
         load(study.base, run.overrides)  # a typo in the last row is met now
     return study
@@ -175,7 +178,8 @@ def write_table(study: Study) -> Path:
     text = "\n".join(f"| {' | '.join(row)} |" for row in cells)
     versus = f"; p: paired t test over seeds against {study.baseline}" if study.baseline else ""
     machine = f"{platform.machine()}, {os.cpu_count()} CPU cores"
-    header = f"# {study.name}\n\n`{study.base}`, {study.ranks} rank(s) on {machine}{versus}.\n\n"
+    what = f"`{study.command}` (`--commands` prints each run's), {study.ranks} rank(s) on {machine}{versus}."
+    header = f"# {study.name}\n\n{what}\n\n"
     path = folder / "table.md"
     path.write_text(header + text + "\n")
     return path
