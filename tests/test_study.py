@@ -99,7 +99,6 @@ def test_a_study_told_to_stop_lets_the_run_in_hand_save_and_begins_no_other(
 ) -> None:
     study, state = load_study(path, Path("runs")), path.with_name("state")
     command = [sys.executable, "-c", TRAINS_UNTIL_TOLD, str(state)]
-    monkeypatch.setattr("trainer.study.command_of", lambda *_, **__: command)
 
     def ask() -> None:
         while not state.exists() or state.read_text() != "training":
@@ -107,12 +106,13 @@ def test_a_study_told_to_stop_lets_the_run_in_hand_save_and_begins_no_other(
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=ask, daemon=True).start()
-    assert run_study(study) == []
+    with monkeypatch.context() as patch:
+        patch.delenv("DS_ACCELERATOR", raising=False)
+        patch.setattr("trainer.study.command_of", lambda *_, **__: command)
+        assert run_study(study) == []
     assert state.read_text() == "saved"
     assert [run.folder.exists() for run in study.runs] == [True] + [False] * 17
-    monkeypatch.undo()
     first = json.loads((study.runs[0].folder / "study.json").read_text())["seconds"]
-    monkeypatch.chdir(path.parent)
     again = Trainer()
     assert run_study(study, 1, again) == []
     assert len(again.seen) == 18

@@ -88,7 +88,8 @@ def feature_scatter_pair(
             marks.set_depthshade(False)  # it fades the far half of the points to nothing
         for label, ray_D in rays.items():
             axes.plot(*np.stack([0 * ray_D, ray_D]).T, color=_darker(colours[label]), linewidth=1.2)
-        spread = f"{_degrees_from_ray(points_ND, shown_N, rays):.1f} degrees from the ray on average"
+        degrees_N = _degrees_from_ray(points_ND, shown_N, rays)  # errors lie far off and rule the mean
+        spread = f"degrees from the ray: median {np.median(degrees_N):.1f}, mean {degrees_N.mean():.1f}"
         axes.set_title(f"{title}\n{spread}", fontsize=12, color=INK, pad=12)
     if legend_inches:
         marks = [
@@ -333,12 +334,14 @@ def _rays(points_ND: np.ndarray, labels_N: np.ndarray) -> dict[int, np.ndarray]:
     return rays
 
 
-def _degrees_from_ray(points_ND: np.ndarray, labels_N: np.ndarray, rays: dict[int, np.ndarray]) -> float:
-    """Return the mean angle between a point and the ray of its class."""
+def _degrees_from_ray(
+    points_ND: np.ndarray, labels_N: np.ndarray, rays: dict[int, np.ndarray]
+) -> np.ndarray:
+    """Return the angle between each point and the ray of its class."""
     rays_ND = np.stack([rays[label] for label in labels_N.tolist()])
     lengths_N = np.linalg.norm(points_ND, axis=1) * np.linalg.norm(rays_ND, axis=1)
     cosines_N = (points_ND * rays_ND).sum(axis=1) / np.maximum(lengths_N, 1e-12)
-    return float(np.rad2deg(np.arccos(cosines_N.clip(-1, 1))).mean())
+    return np.rad2deg(np.arccos(cosines_N.clip(-1, 1)))
 
 
 def _screen(elevation: float, azimuth: float) -> np.ndarray:

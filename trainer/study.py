@@ -21,8 +21,10 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import platform
+import runpy
 import shlex
 import statistics
 import subprocess
@@ -47,6 +49,7 @@ log = logging.getLogger("trainer")
 _REQUIRED = {"base": str, "axes": dict, "seeds": list, "metrics": list}
 _OPTIONAL = {"common": dict, "baseline": str, "ranks": int}
 _FIRST_PORT = 29600
+_server = multiprocessing.get_context("forkserver")
 
 Results = Mapping[tuple[tuple[str, ...], int], Mapping[str, float]]
 
@@ -132,7 +135,7 @@ def run_study(study: Study, parallel: int = 1, execute: Execute | None = None) -
             return None
         run.folder.mkdir(parents=True, exist_ok=True)
         command, began = command_of(study, run, port=_FIRST_PORT + number % 1000), time.monotonic()
-        code = (execute or partial(_execute, stop))(command, run.folder / "study.log")
+        code = (execute or partial(_choose_execute(study), stop))(command, run.folder / "study.log")
         seconds = _seconds_before(run) + time.monotonic() - began
         record = {**_settings(run, study), "seconds": round(seconds, 1)}
         (run.folder / "study.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -282,6 +285,38 @@ def _execute(stop: StopRequest, command: Sequence[str], output: Path) -> int:
         if process.poll() is None:
             process.terminate()
         return process.wait()
+
+
+def _execute_forked(stop: StopRequest, command: Sequence[str], output: Path) -> int:
+    """The same for one process on CPU, forked from a server that has imported everything: 10 s less a run."""
+    process = _server.Process(target=_run_script, args=(command[1:], output))
+    process.start()
+    while process.is_alive() and not stop.is_asked:
+        process.join(0.2)
+    if process.is_alive():
+        process.terminate()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _run_script(arguments: Sequence[str], output: Path) -> None:
+    with output.open("a") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.argv = [*arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _choose_execute(study: Study) -> Callable[[StopRequest, Sequence[str], Path], int]:
+    """Return how runs are executed here. A fork may not follow a look at a GPU."""
+    if study.ranks > 1 or os.environ.get("DS_ACCELERATOR") != "cpu":
+        return _execute
+    # What DeepSpeed imports last is torch's compiler, when it meets an optimizer.
+    _server.set_forkserver_preload(
+        ["trainer.loop", "trainer.study", "deepspeed.runtime.zero.muon.muon_optimizer"]
+    )
+    return _execute_forked
 
 
 def _write_csv(path: Path, columns: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> None:
