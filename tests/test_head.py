@@ -120,10 +120,10 @@ def coco_oracle(case: Case) -> dict[str, Any]:
     return {"metrics": metrics, "embeddings": f_gradient, "rows": c_gradient}
 
 
-def softmax_oracle(case: Case) -> dict[str, Any]:
+def softmax_oracle(case: Case, has_bias: bool) -> dict[str, Any]:
     embeddings_BD, labels_B = batch_of(case)
     f, w = embeddings_BD.double().tolist(), rows_of(case.num_classes).double().tolist()
-    bias = biases_of(case.num_classes).double().tolist()
+    bias = (has_bias * biases_of(case.num_classes)).double().tolist()
     z = [[dot(f_i, w_k) + bias[k] for k, w_k in enumerate(w)] for f_i in f]
     metrics, slope = oracle(z, labels_B.tolist(), 1.0)
     f_gradient = [
@@ -134,11 +134,12 @@ def softmax_oracle(case: Case) -> dict[str, Any]:
     ]
     b_gradient = [sum(slope[i][k] for i in range(len(f))) for k in range(len(w))]
     metrics = {name: metrics[name] for name in ("loss", "accuracy")}
-    return {"metrics": metrics, "embeddings": f_gradient, "rows": w_gradient, "biases": b_gradient}
+    gradients = {"embeddings": f_gradient, "rows": w_gradient, "biases": b_gradient}
+    return {"metrics": metrics, **{name: g for name, g in gradients.items() if has_bias or name != "biases"}}
 
 
 def on_a_rank(world: World, cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
-    """Return what both heads make of this rank's part of each case."""
+    """Return what all three heads make of this rank's part of each case."""
     results: dict[str, dict[str, Any]] = {}
     for name, case in cases.items():
         shard = ClassShard.of_rank(case.num_classes, world.rank, world.size)
@@ -149,8 +150,10 @@ def on_a_rank(world: World, cases: dict[str, Case]) -> dict[str, dict[str, Any]]
         softmax = SoftmaxHead(shard, DIM, seed=0, group=world.group)
         softmax.weight_CD.data.copy_(rows_CD)
         softmax.bias_C.data.copy_(biases_of(case.num_classes)[own])
+        unbiased = SoftmaxHead(shard, DIM, seed=0, group=world.group, has_bias=False)
+        unbiased.weight_CD.data.copy_(rows_CD)
         embeddings_BD, labels_B = batch_of(case)
-        for kind, head in (("coco", coco), ("softmax", softmax)):
+        for kind, head in (("coco", coco), ("softmax", softmax), ("unbiased", unbiased)):
             embeddings_ND = embeddings_BD.chunk(world.size)[world.rank].clone().requires_grad_()
             output = head(embeddings_ND, labels_B.chunk(world.size)[world.rank])
             output.loss.backward()
@@ -175,8 +178,10 @@ def on_a_rank(world: World, cases: dict[str, Case]) -> dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def oracles() -> dict[str, dict[str, Any]]:
-    return {f"coco: {name}": coco_oracle(case) for name, case in CASES.items()} | {
-        f"softmax: {name}": softmax_oracle(case) for name, case in CASES.items()
+    return {
+        **{f"coco: {name}": coco_oracle(case) for name, case in CASES.items()},
+        **{f"softmax: {name}": softmax_oracle(case, has_bias=True) for name, case in CASES.items()},
+        **{f"unbiased: {name}": softmax_oracle(case, has_bias=False) for name, case in CASES.items()},
     }
 
 

@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,6 +83,46 @@ def test_what_is_finished_is_not_run_again_and_what_failed_is(path: Path) -> Non
     again = Trainer()
     assert run_study(study, 1, again) == []
     assert again.seen == ["coco-16-seed4"]
+
+
+TRAINS_UNTIL_TOLD = """
+import pathlib, signal, sys, time
+def stop(*_): pathlib.Path(sys.argv[1]).write_text("saved"); sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path(sys.argv[1]).write_text("training")
+time.sleep(30)
+"""
+
+
+def test_a_study_told_to_stop_lets_the_run_in_hand_save_and_begins_no_other(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, state = load_study(path, Path("runs")), path.with_name("state")
+    command = [sys.executable, "-c", TRAINS_UNTIL_TOLD, str(state)]
+
+    def ask() -> None:
+        while not state.exists() or state.read_text() != "training":
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask, daemon=True).start()
+    with monkeypatch.context() as patch:
+        patch.delenv("DS_ACCELERATOR", raising=False)
+        patch.setattr("trainer.study.command_of", lambda *_, **__: command)
+        assert run_study(study) == []
+    assert state.read_text() == "saved"
+    assert [run.folder.exists() for run in study.runs] == [True] + [False] * 17
+    first = json.loads((study.runs[0].folder / "study.json").read_text())["seconds"]
+    again = Trainer()
+    assert run_study(study, 1, again) == []
+    assert len(again.seen) == 18
+    assert results_of(study)[study.runs[0].row, 3]["seconds"] >= first > 0
+
+
+def test_every_row_has_a_seed_before_the_next_seed_begins(path: Path) -> None:
+    study = load_study(path, Path("runs"))
+    assert [run.seed for run in study.runs] == [3] * 6 + [4] * 6 + [5] * 6
+    assert len({run.row for run in study.runs[:6]}) == 6
 
 
 def test_a_finished_run_with_other_settings_stops_the_study(path: Path) -> None:

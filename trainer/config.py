@@ -219,6 +219,15 @@ class BackboneConfig:
 
 
 @section
+class SoftmaxConfig:
+    """Plain softmax over inner products, the baseline."""
+
+    bias: bool = True
+    """Add a learned number to the inner product of each class. Without it, as in the demonstrations of COCO
+    and center loss, the class of an embedding depends on its direction only."""
+
+
+@section
 class CenterConfig:
     """Center loss (Wen et al., 2016): distance to class centres that follow the images."""
 
@@ -291,7 +300,7 @@ class LossConfig:
         "cosface", "arcface", "combined", "sphereface", "curricularface", "adaface", "magface",
         "elasticface_arc", "elasticface_cos", "adacos", "normface", "uniface",
     ] = "coco"  # fmt: skip
-    """`coco`: scaled cosine softmax over learned unit centroids. `softmax`: inner products and a bias,
+    """`coco`: scaled cosine softmax over learned unit centroids. `softmax`: inner products (and a bias),
     the baseline. `center` (softmax + center loss), `triplet`, `contrastive`, `coco_minibatch` (version 1 of
     COCO) and `standalone_center`: trainer/losses. The others are COCO with a margin or another rule for the
     scale: docs/coco.md."""
@@ -309,6 +318,7 @@ class LossConfig:
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target's probability that is spread evenly over all classes."""
 
+    softmax: SoftmaxConfig = Field(default_factory=SoftmaxConfig)
     center: CenterConfig = Field(default_factory=CenterConfig)
     triplet: TripletConfig = Field(default_factory=TripletConfig)
     contrastive: ContrastiveConfig = Field(default_factory=ContrastiveConfig)

@@ -279,12 +279,14 @@ class CocoHead(DenseHead):
 
 
 class SoftmaxHead(DenseHead):
-    """Plain softmax over inner products and a bias, cut the same way: the baseline."""
+    """Plain softmax over inner products, with or without a bias, cut the same way: the baseline."""
 
-    def __init__(self, shard: ClassShard, dim: int, *, seed: int, group: ProcessGroup) -> None:
+    def __init__(
+        self, shard: ClassShard, dim: int, *, seed: int, group: ProcessGroup, has_bias: bool = True
+    ) -> None:
         super().__init__(shard, group)
         self.weight_CD = nn.Parameter(initial_rows(seed, shard, dim))
-        self.bias_C = nn.Parameter(torch.zeros(len(shard)))
+        self.bias_C = nn.Parameter(torch.zeros(len(shard))) if has_bias else None
 
     def forward(self, embeddings_ND: Tensor, labels_N: Tensor) -> HeadOutput:
         """Return loss and metrics of the global batch. Every rank must call it, with equal N."""
@@ -293,7 +295,9 @@ class SoftmaxHead(DenseHead):
 
     def of_embeddings(self, embeddings_BD: Tensor, labels_B: Tensor) -> HeadOutput:
         """The same for a batch that every rank holds whole. Every rank must call it."""
-        z_BC = embeddings_BD @ self.weight_CD.T + self.bias_C
+        z_BC = embeddings_BD @ self.weight_CD.T
+        if self.bias_C is not None:
+            z_BC = z_BC + self.bias_C
         if torch.is_grad_enabled():
             self.mark_seen(labels_B)
         loss_B, target_B, other_B = _ShardedCrossEntropy.apply(z_BC, labels_B, self.shard, self.group)

@@ -68,10 +68,15 @@ def read_embeddings(folder: Path) -> dict[str, Frames]:
 
 
 def save_animation(frames: Frames, path: Path, class_names: Sequence[str] | None, title: str) -> Path:
-    """Write a GIF: the features at every step that was saved, the last of them for two seconds."""
+    """Write a GIF: the features at every step that was saved, the last of them for two seconds.
+
+    All are seen from where the last looks best, each in its own range of axes.
+    """
+    last = frames[max(frames)]
+    view = figures.best_view(*last) if last[0].shape[1] == 3 else None
     images = []
     for step, (embeddings_ND, labels_N) in frames.items():
-        figure = figures.feature_scatter(embeddings_ND, labels_N, class_names, f"{title}, step {step}")
+        figure = figures.feature_scatter(embeddings_ND, labels_N, class_names, f"{title}, step {step}", view)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=80)
         images.append(Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE))

@@ -12,7 +12,8 @@ A study is a YAML file::
     metrics: [eval/test/accuracy]   # the first is tested
     ranks: 1                        # above 1 by DeepSpeed's launcher; optional
 
-Runs live in ``<root>/<study>/<row>-seed<n>``; one with a done.json is finished and never run again.
+Runs live in ``<root>/<study>/<row>-seed<n>``; one with a done.json is finished and never run again. All rows
+have a seed before the next one begins: the table compares them whenever a study is stopped.
 """
 
 import csv
@@ -20,8 +21,10 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import platform
+import runpy
 import shlex
 import statistics
 import subprocess
@@ -31,6 +34,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +42,14 @@ from scipy.stats import ttest_rel
 
 from trainer.errors import UserError
 from trainer.options import load, read_yaml
+from trainer.signals import StopRequest
 
 log = logging.getLogger("trainer")
 
 _REQUIRED = {"base": str, "axes": dict, "seeds": list, "metrics": list}
 _OPTIONAL = {"common": dict, "baseline": str, "ranks": int}
 _FIRST_PORT = 29600
+_server = multiprocessing.get_context("forkserver")
 
 Results = Mapping[tuple[tuple[str, ...], int], Mapping[str, float]]
 
@@ -68,6 +74,8 @@ class Study:
     """A study file, checked."""
 
     name: str
+    command: str
+    """What repeats it."""
     base: Path
     axes: Mapping[str, Mapping[str, Any]]
     baseline: str | None
@@ -96,17 +104,16 @@ def load_study(path: Path, root: Path, overrides: Sequence[str] = ()) -> Study:
     if not all(isinstance(seed, int) for seed in tree["seeds"]) or tree.get("ranks", 1) < 1:
         raise UserError(f"{path}: seeds, ranks: must be whole numbers, ranks at least 1")
     runs = []
-    for row in itertools.product(*axes.values()):
+    for seed, row in itertools.product(tree["seeds"], itertools.product(*axes.values())):
         changes = dict(tree.get("common") or {})
         for values, name in zip(axes.values(), row, strict=True):
             changes |= values[name]
         texts = [f"{field}={json.dumps(value)}" for field, value in changes.items()]
-        for seed in tree["seeds"]:
-            folder = root / path.stem / f"{'-'.join(map(str, row))}-seed{seed}"
-            row_names = tuple(map(str, row))
-            runs.append(Run(row_names, seed, folder, (*texts, *overrides, f"seed={seed}")))
+        folder = root / path.stem / f"{'-'.join(map(str, row))}-seed{seed}"
+        runs.append(Run(tuple(map(str, row)), seed, folder, (*texts, *overrides, f"seed={seed}")))
     ranks, metrics = tree.get("ranks", 1), tuple(tree["metrics"])
-    study = Study(path.stem, Path(tree["base"]), axes, baseline, metrics, ranks, tuple(runs))
+    command = shlex.join(["python", "launch/study.py", str(path), *overrides])
+    study = Study(path.stem, command, Path(tree["base"]), axes, baseline, metrics, ranks, tuple(runs))
     for run in {run.row: run for run in study.runs}.values():
         load(study.base, run.overrides)  # a typo in the last row is met now
     return study
@@ -115,28 +122,36 @@ def load_study(path: Path, root: Path, overrides: Sequence[str] = ()) -> Study:
 def run_study(study: Study, parallel: int = 1, execute: Execute | None = None) -> list[Run]:
     """Run what is not finished, ``parallel`` at a time, and write the table after each; return what failed.
 
-    Raises UserError, before anything runs, for a finished run that had other settings.
+    Told to stop by a signal it lets the runs in hand save and begins no other. Raises UserError, before
+    anything runs, for a finished run that had other settings. Main thread only.
     """
     waiting = [run for run in study.runs if not _is_finished(run, study)]
     log.info("study %s: %d of %d runs to do", study.name, len(waiting), len(study.runs))
-    execute, one_at_a_time = execute or _execute, threading.Lock()
+    one_at_a_time = threading.Lock()
 
     def do(numbered: tuple[int, Run]) -> Run | None:
         number, run = numbered
+        if stop.is_asked:
+            return None
         run.folder.mkdir(parents=True, exist_ok=True)
         command, began = command_of(study, run, port=_FIRST_PORT + number % 1000), time.monotonic()
-        code = execute(command, run.folder / "study.log")
-        if code or not (run.folder / "done.json").exists():
+        code = (execute or partial(_choose_execute(study), stop))(command, run.folder / "study.log")
+        seconds = _seconds_before(run) + time.monotonic() - began
+        record = {**_settings(run, study), "seconds": round(seconds, 1)}
+        (run.folder / "study.json").write_text(json.dumps(record, indent=1) + "\n")
+        is_finished = not code and (run.folder / "done.json").exists()
+        if stop.is_asked and not is_finished:
+            log.info("told to stop; the same command goes on with %s", run.folder)
+            return None
+        if not is_finished:
             log.error("failed with code %d: %s; see %s", code, shlex.join(command), run.folder / "study.log")
             return run
-        record = {**_settings(run, study), "seconds": round(time.monotonic() - began, 1)}
-        (run.folder / "study.json").write_text(json.dumps(record, indent=1) + "\n")
         log.info("finished %s", run.folder)
         with one_at_a_time:
             write_table(study)
         return None
 
-    with ThreadPoolExecutor(parallel) as pool:
+    with StopRequest() as stop, ThreadPoolExecutor(parallel) as pool:
         failed = [run for run in pool.map(do, enumerate(waiting)) if run is not None]
     write_table(study)
     return failed
@@ -166,7 +181,8 @@ def write_table(study: Study) -> Path:
     text = "\n".join(f"| {' | '.join(row)} |" for row in cells)
     versus = f"; p: paired t test over seeds against {study.baseline}" if study.baseline else ""
     machine = f"{platform.machine()}, {os.cpu_count()} CPU cores"
-    header = f"# {study.name}\n\n`{study.base}`, {study.ranks} rank(s) on {machine}{versus}.\n\n"
+    what = f"`{study.command}` (`--commands` prints each run's), {study.ranks} rank(s) on {machine}{versus}."
+    header = f"# {study.name}\n\n{what}\n\n"
     path = folder / "table.md"
     path.write_text(header + text + "\n")
     return path
@@ -252,9 +268,55 @@ def _results(run: Run, study: Study) -> dict[str, float]:
     return {metric: float(done[metric]) for metric in study.metrics} | {"seconds": seconds}
 
 
-def _execute(command: Sequence[str], output: Path) -> int:
+def _seconds_before(run: Run) -> float:
+    """Return how long the run took in earlier attempts, which were stopped."""
+    try:
+        return json.loads((run.folder / "study.json").read_text())["seconds"]
+    except (OSError, ValueError):
+        return 0.0
+
+
+def _execute(stop: StopRequest, command: Sequence[str], output: Path) -> int:
+    """Run the command to its end; pass on, once, the request to stop."""
     with output.open("a") as file:
-        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        while process.poll() is None and not stop.is_asked:
+            time.sleep(0.2)
+        if process.poll() is None:
+            process.terminate()
+        return process.wait()
+
+
+def _execute_forked(stop: StopRequest, command: Sequence[str], output: Path) -> int:
+    """The same for one process on CPU, forked from a server that has imported everything: 10 s less a run."""
+    process = _server.Process(target=_run_script, args=(command[1:], output))
+    process.start()
+    while process.is_alive() and not stop.is_asked:
+        process.join(0.2)
+    if process.is_alive():
+        process.terminate()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _run_script(arguments: Sequence[str], output: Path) -> None:
+    with output.open("a") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.argv = [*arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _choose_execute(study: Study) -> Callable[[StopRequest, Sequence[str], Path], int]:
+    """Return how runs are executed here. A fork may not follow a look at a GPU."""
+    if study.ranks > 1 or os.environ.get("DS_ACCELERATOR") != "cpu":
+        return _execute
+    # What DeepSpeed imports last is torch's compiler, when it meets an optimizer.
+    _server.set_forkserver_preload(
+        ["trainer.loop", "trainer.study", "deepspeed.runtime.zero.muon.muon_optimizer"]
+    )
+    return _execute_forked
 
 
 def _write_csv(path: Path, columns: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> None:

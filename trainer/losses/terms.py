@@ -16,7 +16,7 @@ def build_term(name: str, config: Config, shard: ClassShard, dim: int, group: Pr
     """Build the term of that name, one of ``config.UNFUSED``; communicates nothing."""
     loss, seed = config.loss, config.seed
     if name == "softmax":
-        return SoftmaxHead(shard, dim, seed=seed, group=group)
+        return SoftmaxHead(shard, dim, seed=seed, group=group, has_bias=loss.softmax.bias)
     if name == "center":
         rule, rate, unit = loss.center.update, loss.center.rate, _are_centres_unit(loss)
         return CenterLoss(shard, dim, rule=rule, rate=rate, unit_features=unit, seed=seed, group=group)
