@@ -93,7 +93,8 @@ class EvalSets:
         """Yield the result of every set. Every rank must go through all of them."""
         for test_set in self._sets:
             embeddings_ND, labels_N = _embed_all(embed, test_set.loader, self.world)
-            verification, cmc = None, ()
+            verification: Verification | None = None
+            cmc: tuple[float, ...] = ()
             if test_set.known_label is not None:
                 known_label = test_set.known_label.to(labels_N.device)
                 values = _classify(embeddings_ND, known_label[labels_N], head)
