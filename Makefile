@@ -54,7 +54,8 @@ docker-test: setup ## build the image twice, compare, train in it; starts an eng
 demo: setup ## real data, training on 2 ranks, evaluation, pictures
 	$(BIN)/python launch/pack.py mnist5k data/mnist --if-missing
 	$(DEMO) --config configs/demo.yaml
-	$(DEMO) --config configs/demo.yaml loss.name=softmax head.lr_multiplier=1 run.name=demo-softmax
+	$(DEMO) --config configs/demo.yaml run.name=demo-softmax loss.name=softmax loss.softmax.bias=false \
+	  backbone.neck=linear_prelu head.lr_multiplier=1
 	$(BIN)/python launch/evaluate.py runs/demo runs/demo-softmax
 	@echo "pictures: runs/demo/figures; everything else of a run: runs/demo, runs/demo-softmax"
 

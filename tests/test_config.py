@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import Config, InvalidConfigError, check_across_fields, from_dict, to_dict
+from trainer.config import Config, InvalidConfigError, from_dict, to_dict
+from trainer.consistency import check_across_fields
 from trainer.errors import UserError
 from trainer.options import sections
 

@@ -25,12 +25,12 @@ from trainer.config import (
     FieldInfo,
     InvalidConfigError,
     ProtocolConfig,
-    check_across_fields,
     field_infos,
     from_dict,
     protocol_from_dict,
     to_dict,
 )
+from trainer.consistency import check_across_fields
 from trainer.errors import UserError
 
 
