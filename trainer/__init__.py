@@ -21,15 +21,16 @@ level 6
     sheet          what a run is about to do, told before it starts
     classes        other classes for a checkpoint: grown, dropped, merged, matched by name
 level 5
+    benchmark_save what a checkpoint costs: how long training stands still, memory to load one
     export         a trained model for use elsewhere: timm, ONNX, torch.export, centroids, card
     judge          a model judged by a protocol: sets are embedded, figures come out
     state          all that changes while training: built, saved, restored
     preflight      before renting hours: are all hosts alike, healthy and connected?
     class_means    the mean feature of every class in one pass: where a centroid best begins
 level 4
+    saving         checkpoints written by all ranks together: whole or absent, behind training if asked
     trained        a trained model as it lies on disk: backbone, rows, names of the classes
     bench          what every protocol works with: model, embedded sets, figures with intervals
-    benchmark_save what a checkpoint costs: how long training stands still, memory to load one
     benchmark      what the head costs on this machine, in time and memory
     feed           from a configuration to training data: opened, ordered, the same on all ranks
 level 3
@@ -47,7 +48,6 @@ level 3
     checkpoint     a run on disk: what it is made of, read on any number of ranks
     album          photo albums in PIPA's files: the regions of a person, cut out
     embed          embeddings of image sets: in memory, as a stream, or in files for millions
-    saving         checkpoints written by all ranks together: whole or absent, behind training if asked
     study          one recipe, many rows and seeds: run what is missing, one table with a paired test
     pictures       losses side by side and over time, centres, the bounds of alpha [matplotlib]
     log            what a run tells: console, metrics.jsonl, log.txt and W&B [wandb]

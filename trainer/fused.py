@@ -340,7 +340,7 @@ class FusedCocoHead(CocoHead):
                 return math.inf
             alike_BB = (batch.features_BD @ batch.features_BD.T).abs_().double()
             squared = slopes.norm_B @ alike_BB @ slopes.norm_B
-            total += float(slopes.longest_inverse * squared.sqrt() * abs(slopes.factor))
+            total += abs(float(slopes.factor)) * float(slopes.longest_inverse * squared.sqrt())
         return _BOUND_ROUNDING * total
 
     @torch.no_grad()

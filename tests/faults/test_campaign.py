@@ -6,6 +6,7 @@ sends ``FAULT_RUNS`` runs (100) through one each, at a random moment on a random
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -43,6 +44,7 @@ class Course:
         if kind in ("bit flipped", "cut"):
             self.goes_through("SIGTERM", rank=rank, step=step)
             damage_newest(self.run, kind)
+            self.is_refused_if_nothing_is_left()
             return ""
         if kind == "killed in a load":
             self.goes_through("SIGTERM", rank=rank, step=step)
@@ -55,6 +57,15 @@ class Course:
         for path in complete_checkpoints(self.run / "checkpoints"):
             verify(path)
         return self.said()[before:]
+
+    def is_refused_if_nothing_is_left(self) -> None:
+        """A run whose only checkpoint is damaged is not begun anew until somebody has removed it."""
+        [*others, newest] = complete_checkpoints(self.run / "checkpoints")
+        if not others:
+            before = len(self.said())
+            assert set(self.start().wait()) == {2}
+            assert f"damaged checkpoint: {newest / 'head-00000.safetensors'}: " in self.said()[before:]
+            shutil.rmtree(newest)
 
     def said(self) -> str:
         log = self.folder / f"{self.name}.stderr"
