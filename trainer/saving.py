@@ -161,7 +161,7 @@ class Checkpoints:
         return self._in_flight is not None and not self._in_flight.job.done()
 
     def proceed(self) -> Path | None:
-        """Take the next step of a save in flight, after waiting for the last; return it once complete.
+        """Take up a save in flight where the threads have left it, or will; return it once it is complete.
 
         Every rank must call it, best when none of them ``is_writing``. Raises UserError on every rank if one
         could not write.
