@@ -104,7 +104,7 @@ def undisturbed(folder: Path, curves: dict[tuple, list[float]], ranks: int, *mor
 
 
 def test_a_run_goes_through_three_faults_and_follows_its_curve_to_the_bit(folder: Path, curves: dict) -> None:
-    course = Course(folder, "befallen", 2)
+    course = Course(folder, "befallen", 2, "checkpoint.asynchronous=true")
     said = course.goes_through("killed in a save", rank=1, step=EVERY + 2)
     assert "lost rank 1 on " in said
     assert ", last heard of at " in said  # a beat is up to a second old
@@ -139,7 +139,7 @@ def test_whatever_befalls_a_run_it_follows_its_curve_to_the_bit(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MB: one checkpoint of the run has room, two have not."""
+    """A file system of 64 MB: one checkpoint of the run has room, two have not."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", tmp_path], capture_output=True)
