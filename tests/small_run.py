@@ -12,11 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.backbone import Backbone, build_backbone
+from trainer.checkpoint import Contents
 from trainer.config import Config, from_dict, to_dict
 from trainer.head import ClassShard, initial_rows
 from trainer.index import Index, open_index
 from trainer.options import dump
-from trainer.saving import Checkpoints, Contents
+from trainer.saving import Checkpoints
 from trainer.shards import write_shards
 from trainer.sources import image_folder, shuffled
 

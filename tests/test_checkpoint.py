@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from trainer import checkpoint, manifest, saving, tensorfile
+from trainer import checkpoint, manifest, tensorfile
 from trainer.checkpoint import (
+    Contents,
     complete_checkpoints,
     head_tensors,
     load_head,
@@ -24,7 +25,7 @@ from trainer.errors import UserError
 from trainer.head import ClassShard, SoftmaxHead
 from trainer.manifest import MANIFEST
 from trainer.optimizer import allocate_state, build_optimizer, parameter_groups, steps_taken
-from trainer.saving import Checkpoints, Contents
+from trainer.saving import Checkpoints
 
 NUM_CLASSES = 11
 
@@ -156,9 +157,9 @@ def test_a_half_written_folder_is_not_the_newest_and_is_replaced(tmp_path, group
 @pytest.mark.parametrize(
     "failing",
     [
-        (saving, "write_tensors"),
-        (manifest, "entry_of"),
-        (manifest, "write_json"),
+        (checkpoint, "write_tensors"),
+        (checkpoint, "entry_of"),
+        (checkpoint, "write_json"),
         (manifest, "write_manifest"),
         (manifest, "sync"),
         (tensorfile, "sync"),

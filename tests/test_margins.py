@@ -598,6 +598,7 @@ def test_every_loss_is_built_by_its_name_with_the_scale_given(name: str) -> None
         ),
         ("magface", {"norm_high": 10.0}, "loss.margins.norm_high must be a number in 10.001..inf, got 10.0"),
         ("adaface", {"momentum": 2.0}, "loss.margins.momentum must be a number in 0..1, got 2.0"),
+        ("uniface", {"weight": 0.0}, "loss.margins.weight must be a number in 1e-06..inf, got 0.0"),
         ("elasticface_arc", {"plus": 0.5}, "loss.margins.plus must be true or false, got 0.5"),
     ],
 )

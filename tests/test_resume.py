@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from trainer.checkpoint import Contents
 from trainer.config import Config, from_dict, to_dict
 from trainer.errors import UserError
 from trainer.head import ClassShard
 from trainer.manifest import MANIFEST, verify
 from trainer.resume import check_same_training, choose, keep_curve
-from trainer.saving import Checkpoints, Contents
+from trainer.saving import Checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ import torch
 from ranks import run_on_ranks
 from torch import Tensor
 
-from trainer import manifest, saving
-from trainer.checkpoint import complete_checkpoints, read_rows, read_tensors, verify
+from trainer import checkpoint, manifest, saving
+from trainer.checkpoint import Contents, complete_checkpoints, read_rows, read_tensors, verify
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.head import ClassShard
 from trainer.manifest import Entry
-from trainer.saving import Checkpoints, Contents
+from trainer.saving import Checkpoints
 
 NUM_CLASSES = 11
 
@@ -66,16 +66,16 @@ def assert_holds(path: Path, step: int) -> None:
 def fail_on_rank_1(world: World, folder: Path) -> str:
     checkpoints = Checkpoints(folder, 1, world.group)
     save(checkpoints, 1, world)
-    plain = saving.write_tensors
+    plain = checkpoint.write_tensors
     if world.rank == 1:
 
         def write(path: Path, *_: object) -> None:
             path.write_bytes(b"half")
             raise PermissionError(13, "Permission denied", str(path))
 
-        saving.write_tensors = write
+        checkpoint.write_tensors = write
     message = failure_of(lambda: save(checkpoints, 2, world))
-    saving.write_tensors = plain
+    checkpoint.write_tensors = plain
     assert checkpoints.newest() == folder / "step-00000001"
     save(checkpoints, 3, world)
     return message
@@ -143,13 +143,13 @@ def test_what_broken_saves_left_is_removed_aloud_and_what_they_were_to_replace_r
 
 def save_behind(world: World, folder: Path) -> None:
     checkpoints = Checkpoints(folder, 5, world.group)
-    may_write, plain = threading.Event(), saving.write_tensors
+    may_write, plain = threading.Event(), checkpoint.write_tensors
 
     def write(*arguments: object) -> Entry:
         assert may_write.wait(30)
         return plain(*arguments)  # type: ignore[arg-type]
 
-    saving.write_tensors = write
+    checkpoint.write_tensors = write
     shard, rows = state_of(1, world.rank, world.size)
     checkpoints.start(Contents(1, {}, backbone_of(1), rows, shard))
     assert checkpoints.is_writing

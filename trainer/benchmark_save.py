@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from trainer.checkpoint import head_tensors, load_head_rows
+from trainer.checkpoint import Contents, head_tensors, load_head_rows
 from trainer.collectives import max_over, sum_over, wait_for_all
 from trainer.distributed import World, require_memory
 from trainer.head import ClassShard
 from trainer.optimizer import allocate_state
-from trainer.saving import Checkpoints, Contents
+from trainer.saving import Checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)

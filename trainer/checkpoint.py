@@ -1,4 +1,4 @@
-"""Checkpoints: what a run is made of, read on any number of ranks. ``trainer/saving.py`` writes them.
+"""Checkpoints: what a run is made of, written by its ranks and read on any number of others.
 
 ::
 
@@ -10,11 +10,13 @@
         head-00001.safetensors ...
         manifest.json          size and sha256 of each of them
 
-Only safetensors and JSON are read: nothing in a checkpoint can run code.
+Only safetensors and JSON are read: nothing in a checkpoint can run code. ``trainer/saving.py`` lets all ranks
+write together, and makes a checkpoint whole or absent.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,48 @@ from torch.optim import Optimizer
 
 from trainer.errors import UserError
 from trainer.head import ClassShard
-from trainer.manifest import FORMAT, complete_checkpoints, read_record, verify
+from trainer.manifest import FORMAT, Entry, complete_checkpoints, entry_of, read_record, verify, write_json
 from trainer.optimizer import set_steps_taken, state_keys
+from trainer.tensorfile import write_tensors
 
 __all__ = [
-    "FORMAT", "complete_checkpoints", "head_tensors", "load_head", "load_head_rows", "read_record",
-    "read_rows", "read_tensors", "stream_rows", "verify",
+    "FORMAT", "Contents", "complete_checkpoints", "head_tensors", "load_head", "load_head_rows",
+    "read_record", "read_rows", "read_tensors", "stream_rows", "verify", "write_files",
 ]  # fmt: skip
 
 _BUFFER_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into one checkpoint, as one rank has it."""
+
+    step: int
+    record: dict[str, Any]
+    """Written by rank 0, as state.json."""
+    backbone: dict[str, Tensor]
+    """Written by rank 0, as ``class_names`` are."""
+    head: dict[str, Tensor]
+    """The rows of this rank, and which they are: written by each."""
+    shard: ClassShard
+    class_names: Sequence[str] = ()
+
+
+def write_files(folder: Path, contents: Contents, rank: int) -> dict[str, Entry]:
+    """Write what is up to this rank; return the entries of its files by name."""
+    rank_file, shard = f"head-{rank:05d}.safetensors", contents.shard
+    rows = {"start": shard.start, "stop": shard.stop, "num_classes": shard.num_classes}
+    metadata = {key: str(value) for key, value in rows.items()}
+    entries = {rank_file: write_tensors(folder / rank_file, contents.head, metadata)}
+    if rank == 0:
+        entries["backbone.safetensors"] = write_tensors(
+            folder / "backbone.safetensors", contents.backbone, {}
+        )
+        record = {"format": FORMAT, "step": contents.step, **contents.record}
+        for name, value in {"state.json": record, "classes.json": list(contents.class_names)}.items():
+            write_json(folder / name, value)
+            entries[name] = entry_of(folder / name)
+    return entries
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

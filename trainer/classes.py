@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.checkpoint import read_tensors
+from trainer.checkpoint import Contents, read_tensors
 from trainer.class_means import centroids_at, class_means, only_classes
 from trainer.config import Config, to_dict
 from trainer.distributed import World, joined_world
@@ -30,7 +30,7 @@ from trainer.head import ClassShard, initial_rows
 from trainer.index import Index, open_index
 from trainer.log import CLASSES
 from trainer.options import dump
-from trainer.saving import Checkpoints, Contents
+from trainer.saving import Checkpoints
 from trainer.trained import Trained, open_trained, rows_name
 
 COMMANDS = ("grow", "drop", "merge", "remap")

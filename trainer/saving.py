@@ -13,18 +13,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from trainer import manifest
+from trainer.checkpoint import Contents, write_files
 from trainer.collectives import from_all, from_main
 from trainer.errors import UserError
-from trainer.head import ClassShard
 from trainer.manifest import (
-    FORMAT,
     PREFIX,
     REPLACED,
     TEMPORARY,
@@ -34,24 +33,8 @@ from trainer.manifest import (
     step_of,
     sync,
 )
-from trainer.tensorfile import write_tensors
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What goes into one checkpoint, as one rank has it."""
-
-    step: int
-    record: dict[str, Any]
-    """Written by rank 0, as state.json."""
-    backbone: dict[str, Tensor]
-    """Written by rank 0, as ``class_names`` are."""
-    head: dict[str, Tensor]
-    """The rows of this rank, and which they are: written by each."""
-    shard: ClassShard
-    class_names: Sequence[str] = ()
 
 
 @dataclass
@@ -168,7 +151,7 @@ class Checkpoints:
         needed_bytes = sum(from_all(sum(tensor.nbytes for tensor in tensors), self.group))
         what = self._failed(contents.step)
         self._agree(what, lambda: self._make_room(temporary, needed_bytes) if self._is_main else None)
-        job = thread.submit(_write_files, temporary, contents, self.group.rank())
+        job = thread.submit(write_files, temporary, contents, self.group.rank())
         self._in_flight = _Save(contents.step, final, temporary, job)
         self._thread = thread
 
@@ -178,7 +161,7 @@ class Checkpoints:
         return self._in_flight is not None and not self._in_flight.job.done()
 
     def proceed(self) -> Path | None:
-        """Take the next step of a save in flight, after waiting for the last; return it once complete.
+        """Take up a save in flight where the threads have left it, or will; return it once it is complete.
 
         Every rank must call it, best when none of them ``is_writing``. Raises UserError on every rank if one
         could not write.
@@ -287,23 +270,6 @@ class Checkpoints:
             if value is not None and value == value:
                 values[step] = value if self.best_is == "highest" else -value
         return max(values, key=lambda step: (values[step], step), default=None)
-
-
-def _write_files(folder: Path, contents: Contents, rank: int) -> dict[str, Entry]:
-    """Write what is up to this rank; return the entries of its files by name."""
-    rank_file, shard = f"head-{rank:05d}.safetensors", contents.shard
-    rows = {"start": shard.start, "stop": shard.stop, "num_classes": shard.num_classes}
-    metadata = {key: str(value) for key, value in rows.items()}
-    entries = {rank_file: write_tensors(folder / rank_file, contents.head, metadata)}
-    if rank == 0:
-        entries["backbone.safetensors"] = write_tensors(
-            folder / "backbone.safetensors", contents.backbone, {}
-        )
-        record = {"format": FORMAT, "step": contents.step, **contents.record}
-        for name, value in {"state.json": record, "classes.json": list(contents.class_names)}.items():
-            manifest.write_json(folder / name, value)
-            entries[name] = manifest.entry_of(folder / name)
-    return entries
 
 
 def _give_way() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from trainer import checkpoint
 from trainer.backbone import build_backbone
+from trainer.checkpoint import Contents, head_tensors
 from trainer.collectives import sum_over
 from trainer.config import UNFUSED, Config, to_dict
 from trainer.distributed import World, require_memory
@@ -23,7 +23,7 @@ from trainer.losses.weighted_sum import WeightedSum
 from trainer.margins import MARGINS, build_margin
 from trainer.optimizer import allocate_state, build_optimizer, parameter_groups
 from trainer.order import Position
-from trainer.saving import Checkpoints, Contents
+from trainer.saving import Checkpoints
 from trainer.scale import scale_of
 
 
@@ -163,7 +163,7 @@ def contents_of(state: TrainState, config: Config, data: TrainingData, metrics: 
     }
     is_main = state.head.group.rank() == 0  # the others compute the backbone's state with it and drop it
     backbone = {name: tensor for name, tensor in state_tensors(state.engine) if is_main}
-    head = checkpoint.head_tensors(state.head, state.head_optimizer)
+    head = head_tensors(state.head, state.head_optimizer)
     return Contents(state.step, record, backbone, head, state.head.row_shard, data.class_names)
 
 

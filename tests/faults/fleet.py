@@ -80,7 +80,10 @@ class Fleet:
         return len(read_metrics(self.run)) if (self.run / "metrics.jsonl").exists() else 0
 
     def _is_stopped(self, rank: int) -> bool:
-        return "State:\tT" in Path(f"/proc/{self.ranks[rank].pid}/status").read_text()
+        try:
+            return "State:\tT" in Path(f"/proc/{self.ranks[rank].pid}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):  # it has ended, its exit code is still on its way
+            return False
 
 
 def arguments_of(folder: Path, name: str, *more: str) -> list[str]:
@@ -140,13 +143,13 @@ def die_in_save(step: int) -> None:
 
 
 def _half_written(act: Callable[[], None]) -> None:
-    from trainer import saving
+    from trainer import checkpoint
 
     def write(path: Path, *_: Any) -> None:
         path.write_bytes(b"\x40\0\0\0\0\0\0\0{")
         act()
 
-    saving.write_tensors = write
+    checkpoint.write_tensors = write
 
 
 def die_in_load(_step: int) -> None:
@@ -165,13 +168,13 @@ def die_in_load(_step: int) -> None:
 
 def disk_full(step: int) -> None:
     """From ``step`` on no file can grow beyond 4 kB; a rank with a few rows only is told so by force."""
-    from trainer import saving
+    from trainer import checkpoint
 
     def limit() -> None:
         if os.environ["RANK"] == "0":
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         else:
-            saving.write_tensors = no_space
+            checkpoint.write_tensors = no_space
 
     def no_space(path: Path, *_: Any) -> None:
         path.write_bytes(b"half")

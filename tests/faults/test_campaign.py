@@ -6,6 +6,7 @@ sends ``FAULT_RUNS`` runs (100) through one each, at a random moment on a random
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -43,6 +44,7 @@ class Course:
         if kind in ("bit flipped", "cut"):
             self.goes_through("SIGTERM", rank=rank, step=step)
             damage_newest(self.run, kind)
+            self.is_refused_if_nothing_is_left()
             return ""
         if kind == "killed in a load":
             self.goes_through("SIGTERM", rank=rank, step=step)
@@ -55,6 +57,15 @@ class Course:
         for path in complete_checkpoints(self.run / "checkpoints"):
             verify(path)
         return self.said()[before:]
+
+    def is_refused_if_nothing_is_left(self) -> None:
+        """A run whose only checkpoint is damaged is not begun anew until somebody has removed it."""
+        [*others, newest] = complete_checkpoints(self.run / "checkpoints")
+        if not others:
+            before = len(self.said())
+            assert set(self.start().wait()) == {2}
+            assert f"damaged checkpoint: {newest / 'head-00000.safetensors'}: " in self.said()[before:]
+            shutil.rmtree(newest)
 
     def said(self) -> str:
         log = self.folder / f"{self.name}.stderr"
@@ -93,7 +104,7 @@ def undisturbed(folder: Path, curves: dict[tuple, list[float]], ranks: int, *mor
 
 
 def test_a_run_goes_through_three_faults_and_follows_its_curve_to_the_bit(folder: Path, curves: dict) -> None:
-    course = Course(folder, "befallen", 2)
+    course = Course(folder, "befallen", 2, "checkpoint.asynchronous=true")
     said = course.goes_through("killed in a save", rank=1, step=EVERY + 2)
     assert "lost rank 1 on " in said
     assert ", last heard of at " in said  # a beat is up to a second old
@@ -128,7 +139,7 @@ def test_whatever_befalls_a_run_it_follows_its_curve_to_the_bit(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MB: one checkpoint of the run has room, two have not."""
+    """A file system of 64 MB: one checkpoint of the run has room, two have not."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", tmp_path], capture_output=True)
