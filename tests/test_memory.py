@@ -77,8 +77,8 @@ def memory_of_workers(index: Index, run: Path, start: Position, steps: int) -> l
 
 def test_workers_do_not_grow_while_they_read_an_index_of_a_million_samples(tmp_path):
     index = large_index(tmp_path, 1_000_000)
-    for of_worker in memory_of_workers(index, tmp_path / "run", Position(), 20):
-        assert max(of_worker) - of_worker[0] < 4, of_worker
+    for of_worker in memory_of_workers(index, tmp_path / "run", Position(), 10):
+        assert max(of_worker) - of_worker[0] < 3, of_worker  # 0.3; 7 with the labels in a list
 
 
 @pytest.mark.nightly

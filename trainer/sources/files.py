@@ -55,10 +55,11 @@ def extension_of(name: str) -> str:
     return os.path.splitext(name)[1][1:].lower()
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path | str) -> bytes:
     """Return the content of a file. Raises UserError naming it."""
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            return file.read()
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from None
 
@@ -76,7 +77,7 @@ def _folder_files(root: Path) -> Files:
     for folder, _, files in walk(root):
         below = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
         names += [below + file for file in files]
-    return Files(root, names, lambda name: read_file(root / name))
+    return Files(root, names, lambda name: read_file(f"{root}/{name}"))
 
 
 def _zip_files(path: Path) -> Files:
