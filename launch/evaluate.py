@@ -37,7 +37,7 @@ def main() -> None:
         parser.error("name at least one run folder")
     protocol = load_protocol(texts) if texts else None
 
-    from trainer.compare import compare, table  # torch: only once the command line is right
+    from trainer.compare import compare, table, table_of_figures  # torch: only if the command is right
     from trainer.log import configure_logging
     from trainer.models import judge_models
 
@@ -48,7 +48,7 @@ def main() -> None:
             for path, values in metrics.items():
                 print(json.dumps({"run": path, **values}))
         else:
-            print(table(metrics))
+            print(table_of_figures(metrics) if protocol else table(metrics))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -388,7 +388,14 @@ def test_the_command_judges_embeddings_without_a_model(
     assert found.pop("run") == str(tmp_path)
     assert found == {f"eval/open_set/{name}": value for name, value in figures["open_set"].items()}
     run_command(monkeypatch, *options)
-    assert "tar@far=1e-1_low" in capsys.readouterr().out
+    rows = {
+        cells[1].strip(): cells[2]
+        for line in capsys.readouterr().out.splitlines()
+        if len(cells := line.split("\u2502")) > 2
+    }
+    expected = [figures["open_set"][f"tar@far=1e-1{end}"] for end in ("", "_low", "_high")]
+    assert rows["eval/open_set/tar@far=1e-1"].split() == "{:.4f} ({:.4f} to {:.4f})".format(*expected).split()
+    assert rows["eval/open_set/num_images"].split() == ["30"]
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,13 @@
 """What judging costs on this machine: all pairs of a set, and a search among a million distractors.
 
 Features are synthetic, lie in files as ``launch/embed.py`` writes them, and go the way of
-``launch/evaluate.py``. Beside the time stands that of the bare matrix products of the same shape and number
-of threads: before, after, and in turn with all pairs of a part of the set, which is the ratio that means
-something on a shared machine.
+``launch/evaluate.py``. The rate of all pairs of a part of the set is compared with that of the bare matrix
+products of the same tiles, in turn and by CPU time: the ratio that means something on a shared machine.
 
 Dimensions: N images, D feature, B of a block.
 """
 
 import json
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -52,75 +50,75 @@ class JudgeCase:
 def measure_judging(case: JudgeCase) -> dict[str, Any]:
     """Return the figures of one case, in this process alone. Raises UserError."""
     people = _write(case.folder / "people", case.images, case.per_class, case.dim, seed=0)
-    gemm = [_gemm_rate(case.dim)]
     config = ProtocolConfig(protocol="open_set", data=people)
-    seconds, pairs_found = _timed(lambda: judge_models([], config)[str(people)])
-    memory = _peak_bytes()
-    gemm.append(_gemm_rate(case.dim))
-    flops = case.images * (case.images - 1) * case.dim  # 2 D for each of N (N - 1) / 2 pairs
     result = {
         "name": "judge",
         "images": case.images,
         "dim": case.dim,
         "threads": torch.get_num_threads(),
         "pairs": case.images * (case.images - 1) // 2,
-        "pairs_seconds": seconds,
-        "pairs_gflops": flops / seconds / 1e9,
-        "pairs_peak_bytes": memory,
-        "gemm_gflops": [rate / 1e9 for rate in gemm],
-        "pairs_of_gemm_in_turn": _in_turn(case),
-        "figures": pairs_found,
+        **_measured("pairs", lambda: judge_models([], config)[str(people)]),
+        **_in_turn(case),
     }
-    if case.distractors:
-        result |= _measure_distractors(case)
-    return result
-
-
-def _measure_distractors(case: JudgeCase) -> dict[str, Any]:
+    operations = _operations(case.images, case.dim)
+    result["pairs_gflops"] = operations / result["pairs_cpu_seconds"] / 1e9
+    if not case.distractors:
+        return result
     per_person = max(2, case.probes // 80)  # MegaFace: 3 530 photos of 80 people
     probes = _write(case.folder / "probes", case.probes, per_person, case.dim, seed=1)
     crowd = _write(case.folder / "crowd", case.distractors, 1, case.dim, seed=2)
-    config = ProtocolConfig(protocol="distractors", data=probes, distractors=crowd)
-    seconds, found = _timed(lambda: judge_models([], config)[str(probes)])
+    search = ProtocolConfig(protocol="distractors", data=probes, distractors=crowd)
+    found = _measured("distractors", lambda: judge_models([], search)[str(probes)])
+    return {**result, "probes": case.probes, "distractors": case.distractors, **found}
+
+
+def _in_turn(case: JudgeCase) -> dict[str, float]:
+    """Return the rates of bare products and of all pairs of a part of the set, in turn: medians."""
+    features_ND, labels_N = _features(min(case.images, IN_TURN), case.per_class, case.dim, seed=0, first=0)
+    left_BD, right_DB, out_BB = (
+        torch.rand(BLOCK, case.dim),
+        torch.rand(BLOCK, case.dim).T,
+        torch.empty(BLOCK, BLOCK),
+    )
+    products = 100
+    rates: list[tuple[float, float]] = []
+    for _ in range(case.rounds):
+        start = time.process_time()
+        for _ in range(products):
+            torch.mm(left_BD, right_DB, out=out_BB)
+        middle = time.process_time()
+        all_pairs(features_ND, labels_N)
+        end = time.process_time()
+        bare = products * 2 * BLOCK * BLOCK * case.dim / (middle - start)
+        rates.append((bare, _operations(len(labels_N), case.dim) / (end - middle)))
     return {
-        "probes": case.probes,
-        "distractors": case.distractors,
-        "distractors_seconds": seconds,
-        "distractors_peak_bytes": _peak_bytes(),  # of the process until now
-        "distractors_figures": found,
+        "gemm_gflops_in_turn": statistics.median(bare for bare, _ in rates) / 1e9,
+        "pairs_of_gemm_in_turn": statistics.median(ours / bare for bare, ours in rates),
     }
 
 
-def _in_turn(case: JudgeCase) -> float:
-    """Return the rate of all pairs of a part of the set, as a share of that of bare products: a median."""
-    features_ND, labels_N = _features(min(case.images, IN_TURN), case.per_class, case.dim, seed=0, first=0)
-    ratios = []
-    for _ in range(case.rounds):
-        gemm = _gemm_rate(case.dim)
-        seconds, _ = _timed(lambda: all_pairs(features_ND, labels_N))
-        ratios.append(len(labels_N) * (len(labels_N) - 1) * case.dim / seconds / gemm)
-    return statistics.median(ratios)
+def _operations(images: int, dim: int) -> int:
+    """Count the operations of all pairs: 2 D for each of N (N - 1) / 2."""
+    return images * (images - 1) * dim
 
 
-def _gemm_rate(dim: int, seconds: float = 2.0) -> float:
-    """Return the operations a second of B x D times D x B products that nobody looks at."""
-    left_BD, right_DB, out_BB = torch.rand(BLOCK, dim), torch.rand(BLOCK, dim).T, torch.empty(BLOCK, BLOCK)
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        torch.mm(left_BD, right_DB, out=out_BB)
-        count += 1
-    return count * 2 * BLOCK * BLOCK * dim / (time.perf_counter() - start)
-
-
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
+def _measured(name: str, work: Callable[[], Any]) -> dict[str, Any]:
+    """Return seconds, those of the CPU, the most memory meanwhile, and what was found."""
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak so far
+    start, cpu_start = time.perf_counter(), time.process_time()
     found = work()
-    return time.perf_counter() - start, found
+    return {
+        f"{name}_seconds": time.perf_counter() - start,
+        f"{name}_cpu_seconds": time.process_time() - cpu_start,
+        f"{name}_peak_bytes": _peak_bytes(),
+        f"{name}_figures": found,
+    }
 
 
 def _peak_bytes() -> int:
-    """Return the most memory this process has had: Python and torch themselves are about 0.4 GB of it."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return the most memory since it was forgotten: Python and torch themselves are about 0.5 GB of it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def _features(num: int, per_class: int, dim: int, seed: int, first: int) -> tuple[Tensor, Tensor]:

@@ -60,6 +60,28 @@ def table(metrics: Mapping[str, Mapping[str, float]]) -> str:
     return text.getvalue()
 
 
+def table_of_figures(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """Return a table for people: a row per figure of a protocol, with its interval, a column per model."""
+    drawn = Table("figure", *metrics)
+    names = dict.fromkeys(name for values in metrics.values() for name in values)
+    for name in (each for each in names if not each.endswith(("_low", "_high"))):
+        bounds = f"{name}_low", f"{name}_high"
+        cells = []
+        for values in metrics.values():
+            cell = _number(values[name]) if name in values else ""
+            if bounds[0] in values:
+                cell += f"  ({' to '.join(_number(values[bound]) for bound in bounds)})"
+            cells.append(cell)
+        drawn.add_row(name, *cells)
+    text = io.StringIO()
+    Console(file=text, width=50 + 40 * len(metrics)).print(drawn)
+    return text.getvalue()
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value.is_integer() and value > 1 else f"{value:.4f}"
+
+
 def _draw(found: Mapping[str, Sequence[SetResult]], folder: Path) -> None:
     """Draw the first run, and the features of every test set side by side over the runs."""
     first = next(iter(found))

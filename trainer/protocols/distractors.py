@@ -14,6 +14,7 @@ cosines. Each rank embeds its own blocks. A million distractors cost memory of 3
 Dimensions: P probes, Q pairs (p, g), B distractors of a block, k deepest, S sizes.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -56,10 +57,12 @@ class BestDistractors:
             chosen_BD = features_BD[ring_B == ring]
             self._seen[ring] += len(chosen_BD)
             ids_B = torch.zeros(len(chosen_BD), dtype=torch.int64, device=chosen_BD.device)
-            columns = Images(chosen_BD, ids_B, ids_B)
-            for rows in blocks(len(self.probes), BLOCK):
+            crowd = Images(chosen_BD, ids_B, ids_B)
+            for columns, rows in itertools.product(
+                blocks(len(crowd), BLOCK), blocks(len(self.probes), BLOCK)
+            ):
                 best_Bk = self._best_SPk[ring, rows]
-                self._best_SPk[ring, rows] = _improved(best_Bk, cosines(self.probes[rows], columns))
+                self._best_SPk[ring, rows] = _improved(best_Bk, cosines(self.probes[rows], crowd[columns]))
 
     def finish(self, sharing: Sharing = ALONE) -> Iterable[tuple[int, int, Tensor]]:
         """Yield (size, how many distractors there were, P x k best cosines, falling) over all ranks.
