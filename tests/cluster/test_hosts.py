@@ -232,7 +232,7 @@ def test_elastic_goes_on_with_the_host_that_is_left(
 ) -> None:
     with two_hosts(tmp_path_factory) as cluster:
         run, training = tmp_path / "elastic", long_run(digits, tmp_path, "elastic", TIMEOUT)
-        training[training.index("optim.steps=3000")] = "optim.steps=300"
+        training[training.index("optim.steps=3000")] = "optim.steps=100"
         hostfile = tmp_path / "hostfile"
         hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
         started = supervised(cluster, hostfile, "--max-restarts", "1", *training)
@@ -243,15 +243,15 @@ def test_elastic_goes_on_with_the_host_that_is_left(
         assert "node2 is left out: ssh: connect to host node2" in done.stderr
         assert "try 2 of 2 on node1 x 1" in done.stderr
         assert "resumed from" in done.stderr
-        assert json.loads((run / "done.json").read_text())["step"] == 300
-        assert len(losses(run)) == 300
+        assert json.loads((run / "done.json").read_text())["step"] == 100
+        assert len(losses(run)) == 100
 
 
 def test_torchrun_starts_all_ranks_again_when_one_is_killed(
     cluster: Hosts, digits: Path, tmp_path: Path
 ) -> None:
     run, training = tmp_path / "torchrun", long_run(digits, tmp_path, "torchrun", TIMEOUT)
-    training[training.index("optim.steps=3000")] = "optim.steps=300"
+    training[training.index("optim.steps=3000")] = "optim.steps=100"
     environment = variables(tmp_path) | {"GLOO_SOCKET_IFNAME": "eth0", "PORT": str(free_port())}
     environment |= {"NODES": "2", "GPUS": "1", "FIRST_HOST": "node1", "RESTARTS": "2"}
     command = ("launch/cluster/torchrun.sh", *training)
@@ -262,7 +262,7 @@ def test_torchrun_starts_all_ranks_again_when_one_is_killed(
     done = [one.wait(300) for one in both]
     assert [one.code for one in done] == [0, 0], done[0].stderr[-3000:] + done[1].stderr[-3000:]
     assert "resumed from" in done[0].stderr
-    assert json.loads((run / "done.json").read_text())["step"] == len(losses(run)) == 300
+    assert json.loads((run / "done.json").read_text())["step"] == len(losses(run)) == 100
     assert_nothing_is_left(cluster)
 
 
