@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", type=Path, metavar="FILE", help="the run's YAML file")
     add("overrides", nargs="*", metavar="section.field=value", help="the run's fields")
     add("--json", action="store_true", help="one JSON object: ranks, link, problems")
-    add("--timeout-seconds", type=float, default=40.0, help="wait so long for a host (default: 40)")
+    add("--timeout-seconds", type=float, default=30.0, help="wait so long for a host (default: 30)")
     add("--clock-seconds", type=float, default=1.0, help="clocks may differ so much (default: 1)")
     add("--disk-gib", type=float, default=10.0, help="free space for the run folder (default: 10)")
     add("--slowest", type=float, default=0.6, help="a rank's GEMM against the median (default: 0.6)")

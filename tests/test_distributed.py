@@ -33,5 +33,5 @@ def test_more_slots_than_devices_are_refused_with_the_host(monkeypatch: pytest.M
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     monkeypatch.setattr(distributed.socket, "gethostname", lambda: "node7")
-    with pytest.raises(UserError, match="node7: rank 4 of this host has no device, there are 4; slots="):
+    with pytest.raises(UserError, match="node7: rank 4 of this host has no device, there are 4; see slots="):
         distributed._device(4)

@@ -100,7 +100,7 @@ class Hosts:
 
     def rank_processes(self, name: str) -> list[int]:
         """Return the pids of the ranks on a host: the trainer without its data workers and launchers."""
-        found = [pid for pid, args in self.python_processes(name) if "launch/" in args and "-u" in args]
+        found = [pid for pid, args in self.python_processes(name) if "-u launch/" in args]
         parents = dict(
             (int(pid), int(parent))
             for pid, parent in (
