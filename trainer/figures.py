@@ -334,9 +334,7 @@ def _rays(points_ND: np.ndarray, labels_N: np.ndarray) -> dict[int, np.ndarray]:
     return rays
 
 
-def _degrees_from_ray(
-    points_ND: np.ndarray, labels_N: np.ndarray, rays: dict[int, np.ndarray]
-) -> np.ndarray:
+def _degrees_from_ray(points_ND: np.ndarray, labels_N: np.ndarray, rays: dict[int, np.ndarray]) -> np.ndarray:
     """Return the angle between each point and the ray of its class."""
     rays_ND = np.stack([rays[label] for label in labels_N.tolist()])
     lengths_N = np.linalg.norm(points_ND, axis=1) * np.linalg.norm(rays_ND, axis=1)
