@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from launching import Started, make_data, options
 from scipy.stats import t as t_distribution
 
 from trainer.errors import UserError
@@ -184,3 +186,35 @@ def test_a_study_that_cannot_be_is_refused_before_anything_runs(
 def test_every_shipped_study_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     assert load_study(path, Path("runs")).runs
+
+
+REAL = """
+base: {base}
+axes: {{loss: {{coco: {{}}, softmax: {{loss.name: softmax}}}}}}
+baseline: softmax
+seeds: [0, 1]
+metrics: [eval/same/accuracy]
+"""
+
+
+@pytest.mark.nightly  # six starts of training
+def test_forked_runs_end_as_those_of_their_commands(tmp_path: Path) -> None:
+    base, path = tmp_path / "base.yaml", tmp_path / "real.yaml"
+    tree: dict[str, dict] = {}
+    for text in options(make_data(tmp_path), "none", "optim.steps=3", "optim.warmup_steps=0"):
+        field, _, value = text.partition("=")
+        section, name = field.split(".", 1)
+        tree.setdefault(section, {})[name] = yaml.safe_load(value)
+    tree["eval"] = {"classification": {"same": tree["eval"]["classification.same"]}}
+    base.write_text(yaml.safe_dump(tree))
+    path.write_text(REAL.format(base=base))
+    command = (sys.executable, "launch/study.py", path, "--json")
+    finished = Started(*command, "--root", tmp_path / "forked").wait()
+    assert finished.code == 0, finished.stderr
+    assert [json.loads(line)["n"] for line in finished.stdout.splitlines()] == [2, 2]
+    study = load_study(path, tmp_path / "alone")
+    for run in study.runs[:2]:
+        alone = Started(*command_of(study, run)).wait()
+        assert alone.code == 0, alone.stderr
+        forked = tmp_path / "forked" / "real" / run.folder.name
+        assert (forked / "done.json").read_text() == (run.folder / "done.json").read_text()
