@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -45,6 +45,7 @@ class Web:
     """From the path and the number of earlier requests for it."""
     requests: list[Request] = field(default_factory=list)
     most_at_once: dict[str, int] = field(default_factory=dict)
+    """Requests for a path that waited for their answers together."""
     closing: threading.Event = field(default_factory=threading.Event)
     _now: dict[str, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -70,13 +71,11 @@ def served(root: Path):
                 web.requests.append(Request(self.path, asked, self.headers.get("Authorization"), fault))
                 web._now[path] = web._now.get(path, 0) + 1
                 web.most_at_once[path] = max(web.most_at_once.get(path, 0), web._now[path])
-            try:
+            time.sleep(fault.delay)
+            with web._lock:  # before the answer: who has all of it asks again at once
+                web._now[path] -= 1
+            with suppress(BrokenPipeError, ConnectionResetError):
                 self._answer(path, asked, fault)
-            except (BrokenPipeError, ConnectionResetError):
-                pass
-            finally:
-                with web._lock:
-                    web._now[path] -= 1
 
         def _answer(self, path: str, asked: str | None, fault: Fault) -> None:
             file = web.root / unquote(path.lstrip("/"))
@@ -101,7 +100,6 @@ def served(root: Path):
             self.end_headers()
             if fault.flip:
                 body = body[:-1] + bytes([body[-1] ^ 1])
-            time.sleep(fault.delay)
             if fault.drip:
                 for byte in body:
                     self.wfile.write(bytes([byte]))
