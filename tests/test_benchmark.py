@@ -123,5 +123,6 @@ def test_a_checkpoint_s_line_tells_pause_and_memory(tmp_path: Path) -> None:
     assert found["bytes"] == 20001 * 128 * 4 * 2
     assert found["async_copy_bytes_per_rank"] == 20001 * 128 * 4 * 2
     assert 0 < found["async_pause_seconds"] < found["async_behind_seconds"] + found["blocking_seconds"]
+    assert 0 < found["async_pause_cpu_seconds"] <= found["async_pause_seconds"]
     assert 0.5 < found["load_memory_factor"] < 2.5  # a buffer of 16 MiB beside a state of 20
     assert not list(tmp_path.iterdir())

@@ -28,7 +28,6 @@ level 5
     trained         a trained model as it lies on disk: backbone, rows, names of the classes
 level 4
     bench           what every protocol works with: model, embedded sets, figures with intervals
-    benchmark_save  what a checkpoint costs: how long training stands still, memory to load one
     benchmark       what the head costs on this machine, in time and memory
     feed            from a configuration to training data: opened, ordered, the same on all ranks
     study           one recipe, many rows and seeds: run what is missing, one table with a paired test
@@ -48,10 +47,8 @@ level 3
     checkpoint      a run on disk: what it is made of, read on any number of ranks
     album           photo albums in PIPA's files: the regions of a person, cut out
     embed           embeddings of image sets: in memory, as a stream, or in files for millions
-    saving          checkpoints written by all ranks together: whole or absent, behind training if asked
     pictures        losses side by side and over time, centres, the bounds of alpha [matplotlib]
     options         YAML and command line to Config and back; help and reference page [yaml]
-    benchmark_save what a checkpoint costs: how long training stands still, memory to load one
     export         a trained model for use elsewhere: timm, ONNX, torch.export, centroids, card
     judge          a model judged by a protocol: sets are embedded, figures come out
     state          all that changes while training: built, saved, restored

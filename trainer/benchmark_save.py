@@ -48,14 +48,16 @@ def measure_saving(case: SaveCase, world: World) -> dict[str, Any]:
     checkpoints = Checkpoints(case.folder, 1, world.group)
     tensors = head_tensors(head, optimizer)
     checkpoints.copied(Contents(0, {}, {}, tensors, shard))  # as a run does before training
-    seconds: dict[str, list[float]] = {"blocking": [], "pause": [], "behind": []}
+    seconds: dict[str, list[float]] = {"blocking": [], "pause": [], "pause_cpu": [], "behind": []}
     for step in range(0, 2 * case.rounds, 2):
         wait_for_all(world.group)
         start = time.perf_counter()
         checkpoints.save(Contents(step, {}, {}, tensors, shard))
         seconds["blocking"].append(_slowest(time.perf_counter() - start, world))
-        paused, behind, path = _save_behind(checkpoints, Contents(step + 1, {}, {}, tensors, shard), world)
-        seconds["pause"].append(_slowest(paused, world))
+        contents = Contents(step + 1, {}, {}, tensors, shard)
+        pause, behind, path = _save_behind(checkpoints, contents, world)
+        seconds["pause"].append(_slowest(pause.seconds, world))
+        seconds["pause_cpu"].append(_slowest(pause.cpu_seconds, world))
         seconds["behind"].append(_slowest(behind, world))
     del head, optimizer, tensors
     loading = _loading(path, shard, case.dim, state_bytes)
@@ -68,6 +70,7 @@ def measure_saving(case: SaveCase, world: World) -> dict[str, Any]:
         "bytes": int(sum_over(torch.tensor(state_bytes), world.group)),
         "blocking_seconds": median["blocking"],
         "async_pause_seconds": median["pause"],
+        "async_pause_cpu_seconds": median["pause_cpu"],
         "async_pause_fraction": median["pause"] / median["blocking"],
         "async_behind_seconds": median["behind"],
         "async_copy_bytes_per_rank": int(_slowest(float(state_bytes), world)),
@@ -75,18 +78,31 @@ def measure_saving(case: SaveCase, world: World) -> dict[str, Any]:
     }
 
 
-def _save_behind(checkpoints: Checkpoints, contents: Contents, world: World) -> tuple[float, float, Path]:
-    """Save as a run does; return the seconds that training waits, those until it is complete, and where."""
-    start = time.perf_counter()
-    checkpoints.start(contents)
-    paused, path = time.perf_counter() - start, None
+class _Pause:
+    """Adds up the time inside its ``with`` blocks, and how much of it this thread had a processor for."""
+
+    def __init__(self) -> None:
+        self.seconds = self.cpu_seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter(), time.thread_time()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._start[0]
+        self.cpu_seconds += time.thread_time() - self._start[1]
+
+
+def _save_behind(checkpoints: Checkpoints, contents: Contents, world: World) -> tuple[_Pause, float, Path]:
+    """Save as a run does; return how long training waits, the seconds until it is complete, and where."""
+    start, pause, path = time.perf_counter(), _Pause(), None
+    with pause:
+        checkpoints.start(contents)
     while path is None:
         while _slowest(float(checkpoints.is_writing), world):  # as training asks, once a step
             time.sleep(0.01)
-        asked = time.perf_counter()
-        path = checkpoints.proceed()
-        paused += time.perf_counter() - asked
-    return paused, time.perf_counter() - start, path
+        with pause:
+            path = checkpoints.proceed()
+    return pause, time.perf_counter() - start, path
 
 
 def _state(shard: ClassShard, dim: int) -> tuple[nn.Module, SGD]:
