@@ -21,6 +21,7 @@ level 6
     classes         other classes for a checkpoint: grown, dropped, merged, matched by name
     export          a trained model for use elsewhere: timm, ONNX, torch.export, centroids, card
 level 5
+    benchmark_save  what a checkpoint costs: how long training stands still, memory to load one
     judge           a model judged by a protocol: sets are embedded, figures come out
     state           all that changes while training: built, saved, restored
     preflight       before renting hours: are all hosts alike, healthy and connected?
@@ -32,6 +33,7 @@ level 4
     feed            from a configuration to training data: opened, ordered, the same on all ranks
     study           one recipe, many rows and seeds: run what is missing, one table with a paired test
     log             what a run tells: console, metrics.jsonl, log.txt and W&B [wandb]
+    saving          checkpoints written by all ranks together: whole or absent, behind training if asked
 level 3
     cache           remote data sets: index at once, shards when first read, kept on the node
     packing         from a source to a finished data set: in several processes, resumable
@@ -49,35 +51,6 @@ level 3
     embed           embeddings of image sets: in memory, as a stream, or in files for millions
     pictures        losses side by side and over time, centres, the bounds of alpha [matplotlib]
     options         YAML and command line to Config and back; help and reference page [yaml]
-    export         a trained model for use elsewhere: timm, ONNX, torch.export, centroids, card
-    judge          a model judged by a protocol: sets are embedded, figures come out
-    state          all that changes while training: built, saved, restored
-    preflight      before renting hours: are all hosts alike, healthy and connected?
-    class_means    the mean feature of every class in one pass: where a centroid best begins
-level 4
-    saving         checkpoints written by all ranks together: whole or absent, behind training if asked
-    trained        a trained model as it lies on disk: backbone, rows, names of the classes
-    bench          what every protocol works with: model, embedded sets, figures with intervals
-    benchmark      what the head costs on this machine, in time and memory
-    feed           from a configuration to training data: opened, ordered, the same on all ranks
-level 3
-    cache          remote data sets: index at once, shards when first read, kept on the node
-    packing        from a source to a finished data set: in several processes, resumable
-    check          is a packed data set what its index says, to the last pixel?
-    losses         losses of whole batches beside the class softmax, and weighted sums of them
-    stream         batches from shards without an index: what it promises, and what not
-    databench      what reading and decoding cost, beside webdataset and PIL
-    fused          the head at its limit: no logits, no normalised copy, no dense gradient
-    plan           memory, traffic and time for K classes on N GPUs, before renting them
-    textbook       the class-parallel head as usually written: what the benchmark compares with
-    engine         the backbone's engine, its configuration and its state [deepspeed]
-    joint          one optimizer step of two parts: backbone inside the engine, head outside
-    checkpoint     a run on disk: what it is made of, read on any number of ranks
-    album          photo albums in PIPA's files: the regions of a person, cut out
-    embed          embeddings of image sets: in memory, as a stream, or in files for millions
-    study          one recipe, many rows and seeds: run what is missing, one table with a paired test
-    pictures       losses side by side and over time, centres, the bounds of alpha [matplotlib]
-    log            what a run tells: console, metrics.jsonl, log.txt and W&B [wandb]
 level 2
     tensorfile      a safetensors file written as a stream, hashed on its way
     sources         where images come from before they are packed: one file per family of data sets
