@@ -28,6 +28,7 @@ level 5
     class_means     the mean feature of every class in one pass: where a centroid best begins
     trained         a trained model as it lies on disk: backbone, rows, names of the classes
 level 4
+    saving          checkpoints written by all ranks together: whole or absent, behind training if asked
     bench           what every protocol works with: model, embedded sets, figures with intervals
     benchmark       what the head costs on this machine, in time and memory
     feed            from a configuration to training data: opened, ordered, the same on all ranks
