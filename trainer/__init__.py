@@ -34,7 +34,6 @@ level 4
     feed            from a configuration to training data: opened, ordered, the same on all ranks
     study           one recipe, many rows and seeds: run what is missing, one table with a paired test
     log             what a run tells: console, metrics.jsonl, log.txt and W&B [wandb]
-    saving          checkpoints written by all ranks together: whole or absent, behind training if asked
 level 3
     cache           remote data sets: index at once, shards when first read, kept on the node
     packing         from a source to a finished data set: in several processes, resumable
