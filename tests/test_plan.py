@@ -20,7 +20,7 @@ from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.fused import FusedCocoHead
 from trainer.head import ClassShard
-from trainer.headcost import HeadSpeed, HeadWork, read_profile
+from trainer.headcost import HeadSpeed, HeadWork, _work_of, read_profile
 from trainer.machines import GPUS
 from trainer.margins import CosineSoftmax
 from trainer.optimizer import allocate_state, build_optimizer
@@ -293,6 +293,7 @@ def profile_line(classes: int, dim: int, batch: int, **changes: Any) -> dict[str
         "dim": dim,
         "global_batch": batch,
         "ranks": 1,
+        "processors": 2,
         "dtype": "float32",
         "device": "cpu",
         "step_seconds": sum(TRUE.seconds(work)),
@@ -321,6 +322,21 @@ def test_a_fit_finds_the_speed_that_made_the_lines(tmp_path: Path):
     assert profile.worst_memory_error < 1e-6
 
 
+def test_ranks_that_share_a_core_take_turns(tmp_path: Path):
+    alone = read_profile(write_profile(tmp_path / "profile.jsonl", LINES))
+    crowded = [line | {"ranks": 4, "step_seconds": 0.0} for line in LINES]
+    for line in crowded:
+        work = replace(_work_of(line), turns=1.0)
+        line["step_seconds"] = 2 * sum(replace(TRUE, constant_seconds=0.0).seconds(work)) + 2e-3
+        line["gemm_seconds"] = 2 * 2 * work.flop()[0] * TRUE.seconds_per_flop
+    found = read_profile(write_profile(tmp_path / "crowded.jsonl", crowded)).speeds["float32"]
+    assert found.seconds_per_flop == pytest.approx(alone.speeds["float32"].seconds_per_flop, rel=1e-6)
+    assert found.seconds_per_byte == pytest.approx(alone.speeds["float32"].seconds_per_byte, rel=1e-6)
+    job = replace(JOB, gpu="cpu", nodes=1, profile=alone)
+    assert replace(job, gpus_per_node=4).head.turns == 2.0
+    assert replace(job, gpus_per_node=2).head.turns == 1.0
+
+
 def test_a_fit_gives_no_negative_speed_when_steps_are_faster_than_their_products(tmp_path: Path):
     lines = [line | {"step_seconds": 0.7 * line["gemm_seconds"]} for line in LINES]
     found = read_profile(write_profile(tmp_path / "profile.jsonl", lines)).speeds["float32"]
@@ -331,7 +347,8 @@ def test_a_fit_gives_no_negative_speed_when_steps_are_faster_than_their_products
 
 def test_a_profile_decides_the_seconds_of_the_head_and_of_nothing_else(tmp_path: Path):
     job = replace(JOB, gpu="cpu")
-    profile = read_profile(write_profile(tmp_path / "profile.jsonl", LINES))
+    lines = [line | {"processors": job.gpus_per_node} for line in LINES]
+    profile = read_profile(write_profile(tmp_path / "profile.jsonl", lines))
     before, after = seconds(job), seconds(replace(job, profile=profile))
     assert after["head_first_pass"] + after["head_second_pass"] == pytest.approx(sum(TRUE.seconds(job.head)))
     changed = {name for name in before if before[name] != after[name]}

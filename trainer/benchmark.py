@@ -4,6 +4,7 @@ Everything that is compared is measured in turn, step by step in the same proces
 on a shared machine only such ratios mean something. Legend: see ``trainer/fused.py``.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -80,6 +81,7 @@ def measure_head(case: HeadCase, world: World) -> dict[str, Any]:
         "loss": float(losses[0]),
         "device": world.device.type,
         "threads": torch.get_num_threads(),
+        "processors": len(os.sched_getaffinity(0)) if world.device.type == "cpu" else world.size,
     }
     if "gemm" in seconds:
         result |= {"gemm_seconds": seconds["gemm"], "step_over_gemm": seconds["step"] / seconds["gemm"]}

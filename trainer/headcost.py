@@ -39,6 +39,8 @@ class HeadWork:
     on_cpu: bool
     cache_bytes: int | None = None
     """Of exponentials that are kept; None is what the head chooses by itself."""
+    turns: float = 1.0
+    """Ranks that share a processor: each takes so many times as long."""
 
     @property
     def rows(self) -> int:
@@ -135,7 +137,7 @@ class HeadSpeed:
     def seconds(self, work: HeadWork) -> tuple[float, float]:
         """Return seconds of pass 1 (with the constant) and pass 2."""
         first, second = (
-            flop * self.seconds_per_flop + moved * self.seconds_per_byte
+            work.turns * (flop * self.seconds_per_flop + moved * self.seconds_per_byte)
             for flop, moved in zip(work.flop(), work.traffic(), strict=True)
         )
         return first + self.constant_seconds, second
@@ -155,6 +157,8 @@ class Profile:
     path: str
     lines: int
     device: str
+    processors: int
+    """Cores (or accelerators) of the machine: with more ranks than that, ranks take turns."""
     speeds: dict[str, HeadSpeed]
     """By type of the products."""
     worst_time_error: float
@@ -164,7 +168,8 @@ class Profile:
 
 
 _FIELDS: dict[str, type | tuple[type, ...]] = {
-    "classes": int, "dim": int, "global_batch": int, "ranks": int, "dtype": str, "device": str,
+    "classes": int, "dim": int, "global_batch": int, "ranks": int, "processors": int, "dtype": str,
+    "device": str,
     "step_seconds": (int, float), "gemm_seconds": (int, float),
     "state_bytes_per_rank": int, "peak_extra_bytes_per_rank": int,
 }  # fmt: skip
@@ -192,7 +197,10 @@ def read_profile(path: Path) -> Profile:
         for work, line in zip(works, lines, strict=True)
     ]
     worst_time_error, worst_memory_error = map(max, zip(*errors, strict=True))
-    return Profile(str(path), len(lines), devices[0], speeds, worst_time_error, worst_memory_error)
+    processors = max(line["processors"] for line in lines)
+    return Profile(
+        str(path), len(lines), devices[0], processors, speeds, worst_time_error, worst_memory_error
+    )
 
 
 def fit_speed(works: Sequence[HeadWork], lines: Sequence[dict[str, Any]]) -> HeadSpeed:
@@ -203,7 +211,8 @@ def fit_speed(works: Sequence[HeadWork], lines: Sequence[dict[str, Any]]) -> Hea
     """
     equations, seconds = [], []
     for work, line in zip(works, lines, strict=True):
-        equations += [[sum(work.flop()), sum(work.traffic()), 1.0], [2 * work.flop()[0], 0.0, 0.0]]
+        flop, moved = sum(work.flop()) * work.turns, sum(work.traffic()) * work.turns
+        equations += [[flop, moved, 1.0], [2 * work.flop()[0] * work.turns, 0.0, 0.0]]
         seconds += [line["step_seconds"], line["gemm_seconds"]]
     a, b, c = _non_negative_least_squares(np.array(equations) / np.array(seconds)[:, None])
     if not a:
@@ -267,5 +276,5 @@ def _work_of(line: dict[str, Any]) -> HeadWork:
     return HeadWork(
         classes=line["classes"], dim=line["dim"], batch=line["global_batch"], ranks=line["ranks"],
         state_dtype=line["dtype"], product_dtype=line["dtype"], optimizer="sgd",
-        on_cpu=line["device"] == "cpu",
+        on_cpu=line["device"] == "cpu", turns=max(1.0, line["ranks"] / line["processors"]),
     )  # fmt: skip

@@ -183,10 +183,12 @@ class Job:
     @property
     def head(self) -> HeadWork:
         """A rank's part of the head, for one micro-batch."""
+        turns = 1.0 if self.profile is None else max(1.0, self.gpus_per_node / self.profile.processors)
         return HeadWork(
             classes=self.classes, dim=self.dim, batch=self.batch // self.accumulation_steps, ranks=self.ranks,
             state_dtype=self.state_dtype, product_dtype=self.product_dtype, optimizer=self.optimizer,
             on_cpu=self.gpu == "cpu", cache_bytes=None if self.cache_mib is None else self.cache_mib << 20,
+            turns=turns if self.gpu == "cpu" else 1.0,
         )  # fmt: skip
 
 
