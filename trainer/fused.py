@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from trainer.collectives import start_max_over, sum_over
 from trainer.head import ClassShard, CocoHead, HeadOutput
 from trainer.margins import CosineSoftmax
-from trainer.passes import PassBatch, Slopes, Sums, Workspace, drawn_classes, usual_cache_bytes
+from trainer.passes import PassBatch, Slopes, Sums, Workspace, bytes_to_keep, drawn_classes
 from trainer.rows import RowUpdate
 
 _LOG2_E = math.log2(math.e)  # exp2 is 2.5 times as fast as exp on a CPU, and as exact
@@ -457,9 +457,7 @@ class FusedCocoHead(CocoHead):
     def _num_kept(self, batch: int) -> int:
         """Return how many tiles' exponentials are kept for the second pass: none but of the first batch."""
         tile_bytes = (self.rows_of_tile(batch) + 1) * batch * self.product_type.itemsize
-        kept_bytes = self.cache_bytes
-        if kept_bytes is None:
-            kept_bytes = usual_cache_bytes(batch, self.product_type.itemsize)
+        kept_bytes = bytes_to_keep(self.cache_bytes, batch, self.product_type.itemsize)
         return 0 if self._is_kept else kept_bytes // tile_bytes
 
     def _add_product(self, sum_: Tensor, left: Tensor, right: Tensor, buffer: Tensor) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from trainer.errors import UserError
 from trainer.machines import GPUS, SHARE_OF_MEMORY, SHARE_OF_TFLOPS
-from trainer.passes import usual_cache_bytes
+from trainer.passes import bytes_to_keep
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MOMENTS = {"sgd": 1, "adamw": 2, "row_adagrad": 0}
@@ -57,9 +57,7 @@ class HeadWork:
     def kept_tiles(self) -> int:
         """Tiles whose exponentials wait for the second pass."""
         tile_bytes = (self.tile_rows + 1) * self.batch * BYTES[self.product_dtype]
-        kept_bytes = self.cache_bytes
-        if kept_bytes is None:
-            kept_bytes = usual_cache_bytes(self.batch, BYTES[self.product_dtype])
+        kept_bytes = bytes_to_keep(self.cache_bytes, self.batch, BYTES[self.product_dtype])
         return min(kept_bytes // tile_bytes, -(-self.rows // self.tile_rows))
 
     def memory(self) -> dict[str, int]:

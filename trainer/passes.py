@@ -100,13 +100,15 @@ class Workspace:
         return self._kept[number][: rows + 1]
 
 
-def usual_cache_bytes(batch: int, product_bytes: int) -> int:
-    """Return how many bytes of exponentials are kept if nobody says it.
+def bytes_to_keep(chosen: int | None, batch: int, product_bytes: int) -> int:
+    """Return how many bytes of exponentials are kept: those ``chosen``, or what is usual.
 
     A step stays below 128 MiB beside its rows. Each image of the global batch takes about 32 KiB of that
     (features, their gradient and copies at D = 512), and products in 2 bytes a number another 24 MiB (what
     oneDNN rearranges). Measured: docs/scaling.md.
     """
+    if chosen is not None:
+        return chosen
     return max(16 << 20, (88 << 20) - batch * (32 << 10) - (0 if product_bytes == 4 else 24 << 20))
 
 
