@@ -209,18 +209,20 @@ def test_something_is_due_at_its_multiples_and_at_the_end(tmp_path):
 def test_throughput_counts_what_lies_between_two_readings(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(log_module.time, "perf_counter", lambda: clock[0])
-    throughput = Throughput()
+    throughput = Throughput(global_batch=64)
     for _ in range(4):
-        throughput.count(64, waited_seconds=0.25)
+        with throughput.waiting():
+            clock[0] += 0.25
     clock[0] = 102.0
     assert throughput.read() == {
         "perf/images_per_second": 4 * 64 / 2.0,
         "perf/step_seconds": 2.0 / 4,
         "perf/data_wait_fraction": 4 * 0.25 / 2.0,
     }
-    throughput.count(10, waited_seconds=0.0)
-    clock[0] = 103.0
-    assert throughput.read()["perf/images_per_second"] == 10.0
+    with throughput.waiting():
+        pass
+    clock[0] = 104.0
+    assert throughput.read()["perf/images_per_second"] == 32.0
 
 
 # Console

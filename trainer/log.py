@@ -6,7 +6,8 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import nan
 from pathlib import Path
 from types import TracebackType
@@ -139,25 +140,28 @@ class RunLog:
 
 
 class Throughput:
-    """Measures the steps between two readings."""
+    """Measures the steps between two readings; a step has ``global_batch`` images."""
 
-    def __init__(self) -> None:
+    def __init__(self, global_batch: int) -> None:
+        self._global_batch = global_batch
         self._restart()
 
     def _restart(self) -> None:
-        self._start, self._steps, self._images, self._waited = time.perf_counter(), 0, 0, 0.0
+        self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
-    def count(self, images: int, *, waited_seconds: float) -> None:
-        """Count one step of ``images`` (global) for which this rank waited so long."""
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count a step, and how long this rank waits for its data."""
+        asked = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - asked
         self._steps += 1
-        self._images += images
-        self._waited += waited_seconds
 
     def read(self) -> dict[str, float]:
         """Return the ``perf/`` metrics since the last reading."""
         seconds = time.perf_counter() - self._start
         values = {
-            "perf/images_per_second": self._images / seconds,
+            "perf/images_per_second": self._steps * self._global_batch / seconds,
             "perf/step_seconds": seconds / max(1, self._steps),
             "perf/data_wait_fraction": self._waited / seconds,
         }

@@ -1,8 +1,9 @@
 """A run from configuration to result: ``train()`` on one screen."""
 
 import dataclasses
-import time
 from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,13 +11,15 @@ from torch import Tensor
 from trainer.collectives import start_max_over, sum_over
 from trainer.config import Config
 from trainer.data import Batch
+from trainer.diagnostics import HeadView, view_head
 from trainer.distributed import World, joined_world
 from trainer.errors import UserError
 from trainer.evaluate import EvalSets, SetResult, figures_of
 from trainer.feed import TrainingData, build_batches, open_training_data, require_agreement, require_same_data
 from trainer.health import require_equal_weights
+from trainer.joint import StepOutput
 from trainer.log import RunLog, Throughput, log
-from trainer.report import figures_of_head, tables_of_head, view_head, write_report
+from trainer.report import figures_of_head, tables_of_head, write_report
 from trainer.resume import resume
 from trainer.saving import Checkpoints
 from trainer.sheet import as_text, run_sheet
@@ -37,16 +40,7 @@ def train(config: Config) -> dict[str, float]:
         config = with_derived_fields(config, data)
         require_same_data(config, data, world)
         checkpoints = build_checkpoints(config, world)
-        checkpoints.claim()
-        state = build_state(config, world)
-        resume(state, config, checkpoints, data.fingerprint)
-        require_agreement({"checkpoint.resume: the step": str(state.step)}, world.group, world.device)
-        if state.step == 0:
-            warm_start(state, config, data, world)
-        if config.checkpoint.asynchronous:
-            checkpoints.copied(
-                contents_of(state, config, data, {})
-            )  # its memory: now rather than in training
+        state = first_state(config, data, checkpoints, world)
         test_sets = EvalSets(config, world, data.class_names, state.head.shard.num_classes)
         update = build_update(state, config, data, world)
         batches = build_batches(config, data, world, state.position)
@@ -54,12 +48,11 @@ def train(config: Config) -> dict[str, float]:
         with closing(batches), RunLog(config, is_main=world.is_main, start_step=state.step) as log_run:
             log_run.class_names(data.class_names)
             log_run.sheet(as_text(run_sheet(config, world, data, state.head, state.step)))
-            throughput, results, is_stopping = Throughput(), None, False
+            throughput, judgement, is_stopping = Throughput(config.data.batch_size), None, False
             while state.step < log_run.total_steps and not is_stopping:
                 world.at(state.step + 1, "waiting for data")
-                asked = time.perf_counter()
-                batch, position = next(batches)
-                throughput.count(config.data.batch_size, waited_seconds=time.perf_counter() - asked)
+                with throughput.waiting():
+                    batch, position = next(batches)
                 wishes = start_max_over(wishes_of(stop, checkpoints, world), world.group)
 
                 world.at(state.step + 1, "training")
@@ -70,19 +63,16 @@ def train(config: Config) -> dict[str, float]:
 
                 world.at(state.step, "logging, evaluating or saving")
                 if log_run.is_due(state.step, config.log.every_steps):
-                    log_run.add({f"train/{name}": value for name, value in out.metrics.items()})
-                    log_run.add({"train/lr": lr, "train/grad_norm": out.grad_norm, **throughput.read()})
+                    log_run.add(step_metrics(out, lr, state, config) | throughput.read())
                     log_run.add({"perf/memory_gib": world.peak_memory_bytes / 2**30})
-                    log_run.add({"train/dead_classes": dead_classes(state, config)})
                 if config.data.log_batch_digest:
                     log_run.add({"data/batch_digest": batch_digest(batch, world)})
                 metrics: dict[str, float] = {}
                 if log_run.is_due(state.step, config.eval.every_steps) and not is_stopping:
-                    results = evaluate(state, test_sets)
-                    view = view_head(state.head, results, data.class_names, list(config.eval.classification))
-                    metrics = metrics_of(results)
-                    log_run.add(metrics | view.metrics)
-                    for result in results if config.eval.save_embeddings else ():
+                    judgement = judge(state, test_sets, config, data)
+                    metrics = judgement.metrics
+                    log_run.add(metrics | judgement.view.metrics)
+                    for result in judgement.results if config.eval.save_embeddings else ():
                         log_run.embeddings(result.name, result.embeddings_ND, result.labels_N, state.step)
                 log_run.write(state.step)
                 check_weights(state, config)
@@ -95,18 +85,24 @@ def train(config: Config) -> dict[str, float]:
                 log.info("told to stop: saved step %d; the same command goes on from there", state.step)
                 return {"stopped_at_step": state.step}
 
-            if results is None:  # the run was complete before
-                results = evaluate(state, test_sets)
-                view = view_head(state.head, results, data.class_names, list(config.eval.classification))
+            judgement = judgement or judge(state, test_sets, config, data)  # the run was complete before
             if world.is_main:
-                for name, figure in (*figures_of(results, config.run_folder.name), *figures_of_head(view)):
-                    log_run.figure(name, figure, state.step)
-                for table in tables_of_head(view):
-                    log_run.table(*table, state.step)
-                if config.log.report:
-                    write_report(config.run_folder, config, results, view)
-            log_run.finish(state.step, metrics_of(results))
-        return metrics_of(results)
+                show(judgement, config, log_run, state.step)
+            log_run.finish(state.step, judgement.metrics)
+        return judgement.metrics
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What is known of the model at one step."""
+
+    results: list[SetResult]
+    view: HeadView
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """All metrics of all test sets."""
+        return {name: value for result in self.results for name, value in result.metrics.items()}
 
 
 def with_derived_fields(config: Config, data: TrainingData) -> Config:
@@ -130,6 +126,19 @@ def with_derived_fields(config: Config, data: TrainingData) -> Config:
         head=dataclasses.replace(config.head, num_classes=num_classes, dead_after_steps=dead_after),
         optim=dataclasses.replace(config.optim, steps=steps, epochs=None),
     )
+
+
+def first_state(config: Config, data: TrainingData, checkpoints: Checkpoints, world: World) -> TrainState:
+    """Return the state that training begins with: resumed, warm or from the seed; every rank must call it."""
+    checkpoints.claim()
+    state = build_state(config, world)
+    resume(state, config, checkpoints, data.fingerprint)
+    require_agreement({"checkpoint.resume: the step": str(state.step)}, world.group, world.device)
+    if state.step == 0:
+        warm_start(state, config, data, world)
+    if config.checkpoint.asynchronous:  # its memory: taken now rather than in training
+        checkpoints.copied(contents_of(state, config, data, {}))
+    return state
 
 
 def build_checkpoints(config: Config, world: World) -> Checkpoints:
@@ -164,21 +173,34 @@ def batch_digest(batch: Batch, world: World) -> str:
     return f"{int(total) % 2**64:016x}"
 
 
-def dead_classes(state: TrainState, config: Config) -> Tensor:
-    """Return how many classes had no sample for long; every rank must call it."""
+def step_metrics(out: StepOutput, lr: float, state: TrainState, config: Config) -> dict[str, Any]:
+    """Return what the line of a step tells of its training; every rank must call it."""
     assert config.head.dead_after_steps is not None
-    return state.head.num_dead(config.head.dead_after_steps)
+    return {
+        **{f"train/{name}": value for name, value in out.metrics.items()},
+        "train/lr": lr,
+        "train/grad_norm": out.grad_norm,
+        "train/dead_classes": state.head.num_dead(config.head.dead_after_steps),
+    }
 
 
-def evaluate(state: TrainState, test_sets: EvalSets) -> list[SetResult]:
-    """Judge the model on all test sets; every rank must call it."""
+def judge(state: TrainState, test_sets: EvalSets, config: Config, data: TrainingData) -> Judgement:
+    """Judge the model on all test sets, and look into its head; every rank must call it."""
     share_statistics(state)
     state.engine.eval()
     results = list(test_sets.evaluate(state.engine, state.head))
     state.engine.train()
-    return results
+    return Judgement(
+        results, view_head(state.head, results, data.class_names, list(config.eval.classification))
+    )
 
 
-def metrics_of(results: list[SetResult]) -> dict[str, float]:
-    """Return all metrics of all sets."""
-    return {name: value for result in results for name, value in result.metrics.items()}
+def show(judgement: Judgement, config: Config, log_run: RunLog, step: int) -> None:
+    """Draw what is known of the finished model, and write its report; one rank calls it."""
+    results, view = judgement.results, judgement.view
+    for name, figure in (*figures_of(results, config.run_folder.name), *figures_of_head(view)):
+        log_run.figure(name, figure, step)
+    for name, columns, rows in tables_of_head(view):
+        log_run.table(name, columns, rows, step)
+    if config.log.report:
+        write_report(config.run_folder, config, results, view)
