@@ -1,11 +1,13 @@
 """Joining: what a rank says when the others do not come, or when it has no device."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from launching import free_port
 
 from trainer import distributed
-from trainer.distributed import LostRankError, joined_world
+from trainer.distributed import LostRankError, joined_world, require_host_memory
 from trainer.errors import UserError
 
 
@@ -35,3 +37,12 @@ def test_more_slots_than_devices_are_refused_with_the_host(monkeypatch: pytest.M
     monkeypatch.setattr(distributed.socket, "gethostname", lambda: "node7")
     with pytest.raises(UserError, match="node7: rank 4 of this host has no device, there are 4; see slots="):
         distributed._device(4)
+
+
+def test_memory_of_a_host_is_asked_for_by_all_its_ranks_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_available_bytes", lambda: 3000)
+    with joined_world(10.0) as world:
+        three = replace(world, local_size=3)
+        require_host_memory(1000, three, "a copy")
+        with pytest.raises(UserError, match=r"^a copy needs 3003 bytes on this host .*, 3000 are available"):
+            require_host_memory(1001, three, "a copy")

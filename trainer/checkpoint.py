@@ -53,6 +53,11 @@ class Contents:
     shard: ClassShard
     class_names: Sequence[str] = ()
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensors."""
+        return sum(tensor.nbytes for tensor in (*self.backbone.values(), *self.head.values()))
+
 
 def write_files(folder: Path, contents: Contents, rank: int) -> dict[str, Entry]:
     """Write what is up to this rank; return the entries of its files by name."""

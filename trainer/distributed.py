@@ -62,14 +62,22 @@ class World:
 
 
 def require_memory(num_bytes: int, world: World, what: str) -> None:
-    """Raise UserError if this host, or this rank's accelerator, has less free memory than its ranks need.
+    """Raise UserError if this rank's accelerator, or else its host, has less free memory than its ranks need.
 
     Call it before allocating: the operating system would kill the process half-way, without a word.
     """
     if world.device.type == "cpu":
-        needed, available, where = num_bytes * world.local_size, _available_bytes(), "this host"
+        require_host_memory(num_bytes, world, what)
     else:
-        needed, available, where = num_bytes, torch.accelerator.get_memory_info()[0], str(world.device)
+        _require(num_bytes, torch.accelerator.get_memory_info()[0], what, str(world.device))
+
+
+def require_host_memory(num_bytes: int, world: World, what: str) -> None:
+    """The same for memory of the host, where each of its ranks takes so much."""
+    _require(num_bytes * world.local_size, _available_bytes(), what, "this host")
+
+
+def _require(needed: int, available: int, what: str, where: str) -> None:
     if needed > available:
         raise UserError(
             f"{what} needs {needed} bytes on {where} ({needed / 2**30:.1f} GiB), "

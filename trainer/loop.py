@@ -12,7 +12,7 @@ from trainer.collectives import start_max_over, sum_over
 from trainer.config import Config
 from trainer.data import Batch
 from trainer.diagnostics import HeadView, view_head
-from trainer.distributed import World, joined_world
+from trainer.distributed import World, joined_world, require_host_memory
 from trainer.errors import UserError
 from trainer.evaluate import EvalSets, SetResult, figures_of
 from trainer.feed import TrainingData, build_batches, open_training_data, require_agreement, require_same_data
@@ -136,8 +136,10 @@ def first_state(config: Config, data: TrainingData, checkpoints: Checkpoints, wo
     require_agreement({"checkpoint.resume: the step": str(state.step)}, world.group, world.device)
     if state.step == 0:
         warm_start(state, config, data, world)
-    if config.checkpoint.asynchronous:  # its memory: taken now rather than in training
-        checkpoints.copied(contents_of(state, config, data, {}))
+    if config.checkpoint.asynchronous:  # the memory of its copies: taken now rather than in training
+        contents = contents_of(state, config, data, {})
+        require_host_memory(contents.num_bytes, world, "checkpoint.asynchronous: the copy of the state")
+        checkpoints.copied(contents)
     return state
 
 
