@@ -1,6 +1,7 @@
 """Measure on this machine: one JSON object per line on stdout.
 
 python launch/benchmark.py head --classes 200000 --dim 512 --batch 256 --ranks 2 --against textbook
+python launch/benchmark.py train --config configs/demo.yaml --ranks 2 --against plain
 python launch/benchmark.py data FOLDER --workers 2 --against webdataset --against pil
 python launch/benchmark.py checkpoint --classes 1000000 --dim 512 --ranks 2
 python launch/benchmark.py judge FOLDER --images 200000 --dim 256 --distractors 1000000
@@ -23,6 +24,7 @@ from trainer.errors import UserError
 def main() -> None:
     """Start the ranks, or be one of them."""
     options = build_parser().parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(getattr(options, "threads", 1))  # numbers of ranks then compare
     if options.what == "data":
         measure_reading(options)
     elif options.what == "judge":
@@ -30,7 +32,8 @@ def main() -> None:
     elif "RANK" not in os.environ and options.ranks > 1:
         start_ranks(options.ranks)
     else:
-        {"head": measure, "checkpoint": measure_checkpoint}[options.what](options)
+        measures = {"head": measure, "train": measure_steps, "checkpoint": measure_checkpoint}
+        measures[options.what](options)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     head.add_argument("--tile-rows", type=positive, metavar="T", help="classes of a tile (default: chosen)")
     head.add_argument("--cache-mib", type=int, metavar="M", help="exponentials kept (default: the head's)")
     head.add_argument("--json", action="store_true", help="for symmetry: the output is always JSON")
+    add_train_command(commands)
     add_data_command(commands)
     save = commands.add_parser("checkpoint", help="pause of a save, blocking and asynchronous; and a load")
     save.add_argument("--classes", type=positive, required=True, metavar="K", help="over all ranks")
@@ -61,6 +65,19 @@ def build_parser() -> argparse.ArgumentParser:
     save.add_argument("--json", action="store_true", help="for symmetry: the output is always JSON")
     add_judge_command(commands)
     return parser
+
+
+def add_train_command(commands: Any) -> None:
+    """Add ``train`` to the commands."""
+    training = commands.add_parser("train", help="whole steps of a recipe, reading included")
+    training.add_argument("overrides", nargs="*", metavar="section.field=value", help="one field each")
+    training.add_argument("--config", type=Path, metavar="FILE", help="YAML file with sections and fields")
+    training.add_argument("--ranks", type=positive, default=1, metavar="R", help="processes")
+    training.add_argument("--threads", type=positive, default=1, metavar="T", help="of each, on CPU")
+    training.add_argument("--steps", type=positive, default=10, metavar="N", help="the median is reported")
+    training.add_argument("--against", choices=("plain",), help="time a plain torch loop too, in turn")
+    training.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    training.add_argument("--json", action="store_true", help="for symmetry: the output is always JSON")
 
 
 def add_judge_command(commands: Any) -> None:
@@ -106,12 +123,9 @@ def positive(text: str) -> int:
 def measure(options: argparse.Namespace) -> None:
     """Be one rank of the measurement; rank 0 prints. Raises UserError."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if options.ranks > 1 else "")
-    import torch
-
     from trainer.benchmark import HeadCase, measure_head
     from trainer.distributed import joined_world
 
-    torch.set_num_threads(1)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if options.batch % size:
         raise UserError(f"--batch: {options.batch} is not divisible by {size} ranks")
@@ -134,13 +148,27 @@ def measure(options: argparse.Namespace) -> None:
             print(json.dumps(result), flush=True)
 
 
+def measure_steps(options: argparse.Namespace) -> None:
+    """Be one rank of the measurement; rank 0 prints. Raises UserError."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if options.ranks > 1 else "")
+    from trainer.options import load
+
+    config = load(options.config, options.overrides)
+
+    from trainer.benchmark_train import TrainCase, measure_training
+    from trainer.distributed import joined_world
+
+    case = TrainCase(config=config, steps=options.steps, against=options.against)
+    with joined_world(config.engine.timeout_seconds) as world:
+        result = measure_training(case, world)
+        if world.is_main:
+            print(json.dumps(result), flush=True)
+
+
 def measure_reading(options: argparse.Namespace) -> None:
     """Print the figures of every stage. Raises UserError."""
-    import torch
-
     from trainer.databench import DataCase, measure_data
 
-    torch.set_num_threads(1)
     case = DataCase(
         folder=options.folder,
         workers=options.workers,
@@ -157,11 +185,8 @@ def measure_reading(options: argparse.Namespace) -> None:
 def judge(options: argparse.Namespace) -> None:
     """Print the figures. Raises UserError."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import torch
-
     from trainer.benchmark_judge import JudgeCase, measure_judging
 
-    torch.set_num_threads(1)
     case = JudgeCase(
         folder=options.folder,
         images=options.images,
@@ -180,13 +205,10 @@ def measure_checkpoint(options: argparse.Namespace) -> None:
     import shutil
     import tempfile
 
-    import torch
-
     from trainer.benchmark_save import SaveCase, measure_saving
     from trainer.collectives import from_main
     from trainer.distributed import joined_world
 
-    torch.set_num_threads(1)
     if not options.folder.is_dir():
         raise UserError(f"--folder: {options.folder} is not a folder")
     with joined_world(timeout_seconds=1800.0) as world:

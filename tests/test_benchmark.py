@@ -12,8 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from small_run import pack_photos
 
+from trainer.benchmark_train import TrainCase, measure_training
+from trainer.config import from_dict
 from trainer.databench import DataCase, measure_data
+from trainer.distributed import joined_world
 from trainer.errors import UserError
 from trainer.shards import write_shards
 
@@ -108,6 +112,31 @@ def test_reading_is_measured_stage_by_stage_beside_the_usual_ways(tmp_path: Path
         next(measure_data(dataclasses.replace(case, batch=21)))
     with pytest.raises(UserError, match=r"--workers: webdataset needs a shard for each, .* has 3"):
         next(measure_data(dataclasses.replace(case, workers=4)))
+
+
+def test_a_step_is_measured_beside_a_plain_loop_that_computes_the_same(tmp_path: Path) -> None:
+    photos = pack_photos(tmp_path, "photos", {"a": 5, "b": 4, "c": 7})
+    tree = {
+        "data": {"train": photos, "batch_size": 8, "workers": 0},
+        "backbone": {"name": "lenetpp", "image_size": 12, "embedding_dim": 5, "neck": "bn_linear"},
+        "engine": {"accumulation_steps": 2, "dtype": "float32"},
+        "optim": {"name": "sgd", "steps": 3},
+    }  # fmt: skip
+    with joined_world(30.0) as world:
+        case = TrainCase(config=from_dict(tree), steps=2, against="plain")
+        found = measure_training(case, world)
+        asked = {"classes": 3, "dim": 5, "global_batch": 8, "ranks": 1, "dtype": "float32", "workers": 0}
+        assert {key: found[key] for key in asked} == asked
+        assert found["plain_loss"] == pytest.approx(found["loss"], rel=1e-5)
+        assert found["images_per_second"] == pytest.approx(8 / found["step_seconds"])
+        assert found["speedup"] == pytest.approx(found["plain_seconds"] / found["update_seconds"])
+        assert 0 < found["data_wait_fraction"] < 1
+        assert not (tmp_path / "runs").exists()
+        other = dataclasses.replace(case, config=from_dict(tree | {"loss": {"name": "softmax"}}))
+        with pytest.raises(
+            UserError, match=r"^--against plain: computes the COCO loss, not loss\.name=softmax$"
+        ):
+            measure_training(other, world)
 
 
 def test_a_checkpoint_s_line_tells_pause_and_memory(tmp_path: Path) -> None:

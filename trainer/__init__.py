@@ -9,6 +9,7 @@ level 8
 level 7
     noise           which training images are probably of somebody else, by sub-centroids
     compare         finished runs side by side: one table, one picture
+    benchmark_train what a step of training costs, whole and beside the plain loop
     benchmark_judge what judging costs on this machine: all pairs, a million distractors
     report          what a run learned and where it errs, as one file for a browser
 level 6

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def measure_head(case: HeadCase, world: World) -> dict[str, Any]:
         ).to(world.device)
         timed["textbook"] = textbook.step
         textbook.step(embeddings_ND, labels_N)
-    seconds = _in_turn(timed, case.steps, embeddings_ND, labels_N, world)
+    batch = (embeddings_ND, labels_N)
+    seconds = in_turn({name: partial(way, *batch) for name, way in timed.items()}, case.steps, world)
     result: dict[str, Any] = {
         "name": f"head-{case.update}",
         "classes": case.classes,
@@ -157,16 +159,14 @@ def _bare_products(head: FusedCocoHead, batch: int) -> Step:
     return products
 
 
-def _in_turn(
-    timed: dict[str, Step], rounds: int, embeddings_ND: Tensor, labels_N: Tensor, world: World
-) -> dict[str, float]:
-    """Return the median seconds of each, of the slowest rank in every round."""
+def in_turn(timed: dict[str, Callable[[], object]], rounds: int, world: World) -> dict[str, float]:
+    """Return the median seconds of each, of the slowest rank in every round. Every rank must call it."""
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(rounds):
         for name, step in timed.items():
             wait_for_all(world.group)
             began = time.perf_counter()
-            step(embeddings_ND, labels_N)
+            step()
             synchronise(world)
             took = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
             seconds[name].append(float(max_over(took, world.group)))

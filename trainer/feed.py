@@ -3,6 +3,7 @@
 The one place that knows both ``DataConfig`` and the modules that read. Every rank calls everything here.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Generator
@@ -59,6 +60,29 @@ def open_training_data(config: Config) -> TrainingData:
     order = build_order(config, index)
     return TrainingData(
         index, order, index.num_classes, index.class_names, order.num_positions, _fingerprint(config, index)
+    )
+
+
+def with_derived_fields(config: Config, data: TrainingData) -> Config:
+    """Fill in what the data decides: number of classes, number of steps. Raises UserError."""
+    num_classes = config.head.num_classes or data.num_classes
+    if data.num_classes > num_classes:
+        raise UserError(
+            f"head.num_classes: is {num_classes}, but data.train has label {data.num_classes - 1} "
+            f"({config.data.train})"
+        )
+    steps_per_epoch = data.num_samples // config.data.batch_size
+    if steps_per_epoch == 0:
+        raise UserError(
+            f"data.batch_size: {config.data.batch_size} is more than the {data.num_samples} images "
+            f"of {config.data.train}"
+        )
+    steps = config.optim.steps or max(1, round(steps_per_epoch * (config.optim.epochs or 0)))
+    dead_after = config.head.dead_after_steps or 2 * steps_per_epoch
+    return dataclasses.replace(
+        config,
+        head=dataclasses.replace(config.head, num_classes=num_classes, dead_after_steps=dead_after),
+        optim=dataclasses.replace(config.optim, steps=steps, epochs=None),
     )
 
 

@@ -1,6 +1,5 @@
 """A run from configuration to result: ``train()`` on one screen."""
 
-import dataclasses
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,15 @@ from trainer.config import Config
 from trainer.data import Batch
 from trainer.diagnostics import HeadView, view_head
 from trainer.distributed import World, joined_world, require_host_memory
-from trainer.errors import UserError
 from trainer.evaluate import EvalSets, SetResult, figures_of
-from trainer.feed import TrainingData, build_batches, open_training_data, require_agreement, require_same_data
+from trainer.feed import (
+    TrainingData,
+    build_batches,
+    open_training_data,
+    require_agreement,
+    require_same_data,
+    with_derived_fields,
+)
 from trainer.health import require_equal_weights
 from trainer.joint import StepOutput
 from trainer.log import RunLog, Throughput, log
@@ -103,29 +108,6 @@ class Judgement:
     def metrics(self) -> dict[str, float]:
         """All metrics of all test sets."""
         return {name: value for result in self.results for name, value in result.metrics.items()}
-
-
-def with_derived_fields(config: Config, data: TrainingData) -> Config:
-    """Fill in what the data decides: number of classes, number of steps. Raises UserError."""
-    num_classes = config.head.num_classes or data.num_classes
-    if data.num_classes > num_classes:
-        raise UserError(
-            f"head.num_classes: is {num_classes}, but data.train has label {data.num_classes - 1} "
-            f"({config.data.train})"
-        )
-    steps_per_epoch = data.num_samples // config.data.batch_size
-    if steps_per_epoch == 0:
-        raise UserError(
-            f"data.batch_size: {config.data.batch_size} is more than the {data.num_samples} images "
-            f"of {config.data.train}"
-        )
-    steps = config.optim.steps or max(1, round(steps_per_epoch * (config.optim.epochs or 0)))
-    dead_after = config.head.dead_after_steps or 2 * steps_per_epoch
-    return dataclasses.replace(
-        config,
-        head=dataclasses.replace(config.head, num_classes=num_classes, dead_after_steps=dead_after),
-        optim=dataclasses.replace(config.optim, steps=steps, epochs=None),
-    )
 
 
 def first_state(config: Config, data: TrainingData, checkpoints: Checkpoints, world: World) -> TrainState:
