@@ -19,12 +19,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+    parser.add_argument("--wandb", action="store_true", help="show them in the W&B runs too")
     arguments = parser.parse_args()
 
-    from trainer.pictures import draw_runs  # imports torch: only once the command line is right
+    from trainer.log import show_in_wandb  # imports torch: only once the command line is right
+    from trainer.pictures import draw_runs
 
-    for path in draw_runs(arguments.runs):
+    written = draw_runs(arguments.runs)
+    for path in written:
         print(path)
+    for folder in arguments.runs if arguments.wandb else ():
+        show_in_wandb(folder, [path for path in written if path.is_relative_to(folder)])
 
 
 if __name__ == "__main__":

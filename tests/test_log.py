@@ -15,11 +15,12 @@ import pytest
 import torch
 import wandb
 from matplotlib.figure import Figure
+from PIL import Image
 from wandb_files import read_wandb
 
 from trainer import log as log_module
 from trainer.config import Config
-from trainer.log import RunLog, Throughput, configure_logging, keep_lines_up_to
+from trainer.log import RunLog, Throughput, configure_logging, keep_lines_up_to, show_in_wandb
 from trainer.options import load
 
 REPOSITORY = Path(__file__).parents[1]
@@ -290,11 +291,18 @@ def test_wandb_offline_holds_the_metrics_and_goes_on_under_the_same_id(tmp_path,
         run.add({"train/loss": 0.25})
         run.write(3)
         raise ZeroDivisionError
-    told = sorted(
-        map(read_wandb, (config.run_folder / "wandb").glob("offline-run-*/*.wandb")), key=lambda t: t["exit"]
+    gif = config.run_folder / "figures" / "features-test.gif"
+    Image.new("P", (8, 8)).save(gif, save_all=True, append_images=[Image.new("P", (8, 8), 1)])
+    show_in_wandb(config.run_folder, [gif, config.run_folder / "figures" / "roc.png"])
+    written = sorted(
+        config.run_folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_ctime_ns
     )
+    told = [read_wandb(path) for path in written]
 
-    whole, failed = told
+    whole, failed, drawn = told
+    assert drawn["id"] == whole["id"]
+    assert drawn["history"][3]["figures/features-test/_type"] == "video-file"
+    assert drawn["history"][3]["figures/roc/_type"] == "image-file"
     assert (whole["exit"], failed["exit"]) == (0, 1)
     assert (whole["project"], whole["name"]) == ("faces", "r")
     assert whole["id"] == failed["id"] == (config.run_folder / "wandb" / "id").read_text()

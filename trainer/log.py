@@ -22,8 +22,9 @@ from torch import Tensor
 
 from trainer.address import without_credentials
 from trainer.config import Config, to_dict
+from trainer.errors import UserError
 from trainer.figures import save as save_figure
-from trainer.options import dump
+from trainer.options import dump, load
 
 log = logging.getLogger("trainer")
 
@@ -203,6 +204,25 @@ def keep_lines_up_to(path: Path, step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
+
+
+def show_in_wandb(folder: Path, pictures: Sequence[Path]) -> None:
+    """Show PNGs and GIFs in the W&B run of a run folder, by their names and at its last step.
+
+    Raises UserError if it has none.
+    """
+    run = _start_wandb(load(folder / "config.yaml"))
+    if run is None:
+        raise UserError(f"{folder}: log.wandb is disabled, or W&B cannot be had")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    media = {
+        f"figures/{path.stem}": wandb.Video(str(path), format="gif")
+        if path.suffix == ".gif"
+        else wandb.Image(str(path))
+        for path in pictures
+    }
+    run.log(media, step=json.loads(lines[-1])["step"] if lines else 0)
+    run.finish()
 
 
 def _start_wandb(config: Config) -> Any:
