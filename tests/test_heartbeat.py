@@ -45,7 +45,7 @@ def test_survivors_name_the_rank_that_was_killed(lost: int) -> None:
         )
         for environment in environments
     ]
-    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    errors = [rank.communicate(timeout=180)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [-signal.SIGKILL if r == lost else 1 for r in range(3)]
     for rank in {0, 1, 2} - {lost}:
         assert f"LostRankError: lost rank {lost} on {os.uname().nodename} (" in errors[rank], errors[rank]

@@ -61,6 +61,7 @@ class Docker:
         """Remove an image, and with an engine of this test's own what its build has kept."""
         self("image", "rm", tag, f"coco-trainer:{VARIANT}")
         if self.is_own:
+            self("image", "prune", "--force")
             self("builder", "prune", "--all", "--force")
 
     def in_image(self, *command: str, options: tuple[str, ...] = HARDENED) -> str:
@@ -162,8 +163,9 @@ def test_it_holds_no_credentials_caches_or_compilers(
         r"(^|/)(\.netrc|\.git|\.ssh|id_rsa|id_ed25519|ssh_host_\w+|pip\.conf|\.pypirc|credentials)$"
         r"|^root/\.cache/.|^tmp/.|^var/lib/apt/lists/.|^usr/bin/(gcc|g\+\+|cc)$|^app/(data|runs)/.|\.whl$"
     )
-    allowed = "etc/pip.conf"  # an empty place where the secret was mounted
-    assert [name for name in files if wrong.search(name) and name != allowed] == []
+    # An empty place where the secret was mounted, and what Python itself makes environments with.
+    allowed = re.compile(r"^etc/pip\.conf$|^usr/local/lib/python[\d.]+/ensurepip/_bundled/")
+    assert [name for name in files if wrong.search(name) and not allowed.search(name)] == []
     history = docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", image)
     assert not re.search(r"(token|password|secret=|api_key)", history, re.I)
 
@@ -249,7 +251,7 @@ def test_the_tests_run_inside(docker: Docker, image: str) -> None:
     )
     told = docker.in_image("python", "-m", "pytest", "-p", "no:cacheprovider", *chosen)
     assert re.search(r"^\d+ passed", told, re.M), told[-2000:]
-    assert "skipped" not in told
+    assert not re.search(r"\d skipped", told)
 
 
 @pytest.mark.skipif(os.environ.get("REBUILD") == "0", reason="REBUILD=0: no second build")

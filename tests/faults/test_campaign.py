@@ -1,6 +1,6 @@
 """What may befall a run, and that nothing saved is lost: afterwards the same command follows the same curve.
 
-The normal suite sends one run through three faults, one after another; ``pytest -m nightly tests/faults``
+The normal suite sends two runs through ten faults, one after another; ``pytest -m nightly tests/faults``
 sends ``FAULT_RUNS`` runs (100) through one each, at a random moment on a random rank.
 """
 
@@ -116,6 +116,17 @@ def test_a_run_goes_through_three_faults_and_follows_its_curve_to_the_bit(folder
     last = course.said()
     assert "head-00000.safetensors: its content is not what was written" in last
     assert (course.run / "checkpoints" / "damaged").is_dir()
+
+
+def test_a_run_goes_through_seven_more_and_follows_its_curve_to_the_bit(folder: Path, curves: dict) -> None:
+    course = Course(folder, "befallen-again", 2)
+    for kind, rank, step in (
+        ("killed", 0, 2), ("disk full", 1, 2), ("SIGUSR1", 0, 3), ("not a number", 1, 6),
+        ("killed in a load", 0, 6), ("stopped", 1, 9), ("clock", 1, 9),
+    ):  # fmt: skip
+        assert not (course.run / "done.json").exists(), kind
+        course.goes_through(kind, rank=rank, step=step)
+    assert course.ends() == undisturbed(folder, curves, 2)
 
 
 @pytest.mark.nightly
