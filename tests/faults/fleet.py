@@ -26,10 +26,16 @@ BOUND_SECONDS = 60.0
 
 
 class Fleet:
-    """All ranks of one run. ``fault`` is (rank, name in ``FAULTS``, step)."""
+    """All ranks of one run, small or of a recipe. ``fault`` is (rank, name in ``FAULTS``, step)."""
 
     def __init__(
-        self, folder: Path, name: str, ranks: int, *more: str, fault: tuple[int, str, int] | None = None
+        self,
+        folder: Path,
+        name: str,
+        ranks: int,
+        *more: str,
+        recipe: Path | None = None,
+        fault: tuple[int, str, int] | None = None,
     ) -> None:
         self.run, self.log = folder / name, folder / f"{name}.stderr"
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -41,7 +47,8 @@ class Fleet:
                 "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
             }  # fmt: skip
-            arguments = (environment, arguments_of(folder, name, *more), own, self.log)
+            command = (recipe, arguments_of(folder, name, recipe, *more))
+            arguments = (environment, command, own, self.log)
             process = _server.Process(target=_rank_main, args=arguments)
             process.start()
             self.ranks.append(process)
@@ -86,17 +93,26 @@ class Fleet:
             return False
 
 
-def arguments_of(folder: Path, name: str, *more: str) -> list[str]:
-    """Return the command line of a run."""
-    return options(
-        folder, name, f"optim.steps={STEPS}", f"checkpoint.every_steps={EVERY}", "optim.warmup_steps=3",
-        "checkpoint.keep_last=2", "data.workers=0", f"engine.timeout_seconds={TIMEOUT_SECONDS}",
-        "eval.classification={}", *more,
-    )  # fmt: skip
+def arguments_of(folder: Path, name: str, recipe: Path | None, *more: str) -> list[str]:
+    """Return the command line of a run: that of a small one, or what cuts a recipe short."""
+    if recipe is None:
+        basis = [*options(folder, name), "optim.warmup_steps=3", "eval.classification={}"]
+    else:
+        basis = [
+            f"run.root={folder}", f"run.name={name}", "optim.epochs=null", "log.every_steps=1",
+            "log.wandb=disabled", "log.report=false",
+        ]  # fmt: skip
+    return [
+        *basis, f"optim.steps={STEPS}", f"checkpoint.every_steps={EVERY}", "checkpoint.keep_last=2",
+        "data.workers=0", f"engine.timeout_seconds={TIMEOUT_SECONDS}", *more,
+    ]  # fmt: skip
 
 
 def _rank_main(
-    environment: dict[str, str], arguments: list[str], fault: tuple[int, str, int] | None, log: Path
+    environment: dict[str, str],
+    command: tuple[Path | None, list[str]],
+    fault: tuple[int, str, int] | None,
+    log: Path,
 ) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -112,7 +128,7 @@ def _rank_main(
         FAULTS[fault[1]](fault[2])
 
     def main() -> None:
-        config = load(None, arguments)
+        config = load(*command)
         configure_logging(config.run_folder, int(environment["RANK"]))
         loop.train(config)
 

@@ -9,13 +9,14 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from fleet import EVERY, STEPS, Fleet
-from launching import read_metrics
+from launching import OMNIGLOT, REPOSITORY, Started, read_metrics
 
 from trainer.manifest import complete_checkpoints, verify
 
@@ -31,12 +32,13 @@ NUM_RUNS = int(os.environ.get("FAULT_RUNS", "100"))
 class Course:
     """One run on its way through faults, and the curve it has to have at its end."""
 
-    def __init__(self, folder: Path, name: str, ranks: int, *more: str) -> None:
-        self.folder, self.name, self.ranks, self.more = folder, name, ranks, more
+    def __init__(self, folder: Path, name: str, ranks: int, *more: str, recipe: Path | None = None) -> None:
+        self.folder, self.name, self.ranks, self.more, self.recipe = folder, name, ranks, more, recipe
         self.run = folder / name
 
     def start(self, fault: tuple[int, str, int] | None = None, *more: str) -> Fleet:
-        return Fleet(self.folder, self.name, self.ranks, *self.more, *more, fault=fault)
+        options = (*self.more, *more)
+        return Fleet(self.folder, self.name, self.ranks, *options, recipe=self.recipe, fault=fault)
 
     def goes_through(self, kind: str, *, rank: int, step: int, delay: float = 0.0) -> str:
         """Let a fault happen; return what the ranks said."""
@@ -96,10 +98,12 @@ def curves(folder: Path) -> dict[tuple, list[float]]:
     return {}
 
 
-def undisturbed(folder: Path, curves: dict[tuple, list[float]], ranks: int, *more: str) -> list[float]:
-    key = (ranks, *more)
+def undisturbed(
+    folder: Path, curves: dict[tuple, list[float]], ranks: int, *more: str, recipe: Path | None = None
+) -> list[float]:
+    key = (ranks, recipe, *more)
     if key not in curves:
-        curves[key] = Course(folder, f"undisturbed-{len(curves)}", ranks, *more).ends()
+        curves[key] = Course(folder, f"undisturbed-{len(curves)}", ranks, *more, recipe=recipe).ends()
     return curves[key]
 
 
@@ -146,6 +150,35 @@ def test_whatever_befalls_a_run_it_follows_its_curve_to_the_bit(
         kind, rank=draw.randrange(ranks), step=draw.randint(1, STEPS - 1), delay=draw.uniform(0.0, 20.0)
     )
     assert course.ends() == undisturbed(folder, curves, ranks, *more)
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What packs the data of a recipe when asked for, and returns the folder to train on."""
+    root = tmp_path_factory.mktemp("recipes")
+
+    def pack(recipe: str) -> Path:
+        if recipe == "omniglot" and not OMNIGLOT.exists():
+            pytest.skip(f"{OMNIGLOT} is not there")
+        source = ("mnist5k",) if recipe == "demo" else ("omniglot", str(OMNIGLOT))
+        done = Started(sys.executable, "launch/pack.py", *source, root / recipe, "--if-missing").wait()
+        assert done.code == 0, done.stderr
+        return root / recipe / ("train" if recipe == "demo" else "background")
+
+    return pack
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("recipe", ["demo", "omniglot"])
+@pytest.mark.parametrize("kind", ["killed", "killed in a save", "killed in a load", "SIGTERM", "bit flipped"])
+def test_the_recipes_follow_their_curves_too(
+    folder: Path, curves: dict, packed: Callable[[str], Path], recipe: str, kind: str
+) -> None:
+    more = (f"data.train={packed(recipe)}", "data.batch_size=32")
+    path = REPOSITORY / "configs" / f"{recipe}.yaml"
+    course = Course(folder, f"{recipe}-{kind.replace(' ', '-')}", 2, *more, recipe=path)
+    course.goes_through(kind, rank=1, step=2 * EVERY)
+    assert course.ends() == undisturbed(folder, curves, 2, *more, recipe=path)
 
 
 @pytest.fixture
