@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_shards import png, write_tar
 
 from trainer.errors import UserError
-from trainer.tars import scan_tar
+from trainer.tars import read_tar, scan_tar
 
 END = bytes(1024)
 
@@ -122,4 +122,11 @@ def test_any_bytes_give_samples_or_an_error_of_the_user(tmp_path, data):
     )
     for at in data.draw(st.lists(st.integers(0, max(0, len(content) - 1)), max_size=3)) if content else ():
         content[at] = data.draw(st.integers(0, 255))
-    assert "\n" not in message_of(lambda: scan(tmp_path / "a.tar", bytes(content)))
+    samples: list = []
+    assert "\n" not in message_of(lambda: samples.extend(scan(tmp_path / "a.tar", bytes(content))))
+    streamed: list = []
+    message = message_of(lambda: streamed.extend(read_tar(io.BytesIO(content), "a.tar")))
+    assert "\n" not in message
+    found = [bytes(content[sample.offset : sample.offset + sample.length]) for sample in samples]
+    assert found == [image for name, image in streamed if not name.lower().endswith(".cls")] or not found
+    assert not (samples and message)
