@@ -183,6 +183,7 @@ def native_sets(options: argparse.Namespace) -> Mapping[str, Build]:
     path: Path = getattr(options, "path", Path())
     match options.source:
         case "imagefolder":
+            packing.require_apart(options.out, path)
             return {"": partial(sources.image_folder, path)}
         case "csv":
             found = sources.csv_sets(path, options.root)

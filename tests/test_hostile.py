@@ -253,6 +253,7 @@ CHANGES = {
     "shards are text": lambda head: head.update(shards="abc"),
     "no classes": lambda head: head.update(num_classes=0),
     "classes are text": lambda head: head.update(num_classes="2"),
+    "names are halves of characters": lambda head: head.update(class_names=["a", "\ud800"]),
     "names are numbers": lambda head: head.update(class_names=[1, 2]),
     "too many names": lambda head: head.update(class_names=["a"] * 3),
     "fingerprint is a list": lambda head: head.update(fingerprint=[]),

@@ -79,6 +79,18 @@ def test_a_thousand_headers_before_a_header_are_refused(tmp_path):
         scan(tmp_path / "a.tar", b"".join(member("x", b"name", b"L") for _ in range(3000)) + END)
 
 
+def test_a_key_with_dots_is_not_left_out_without_a_word(tmp_path):
+    write_tar(
+        tmp_path / "a.tar", [("a.cls", b"1"), ("a.fine.cls", b"7"), ("a.png", png(0)), ("a.x.png", b"")]
+    )
+    assert [sample.label for sample in scan_tar(tmp_path / "a.tar")] == [1]
+    write_tar(
+        tmp_path / "a.tar", [("a.cls", b"1"), ("a.png", png(0)), ("b.1.cls", b"1"), ("b.1.png", png(1))]
+    )
+    with pytest.raises(UserError, match=r"a\.tar: .*member 'b\.1\.cls': a key ends at its first dot"):
+        list(scan_tar(tmp_path / "a.tar"))
+
+
 def test_links_and_devices_are_no_images(tmp_path):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:

@@ -78,7 +78,11 @@ def read_tar(file: BinaryIO, where: object) -> Iterator[tuple[str, bytes]]:
 
 
 def _parts(where: object, file: "_Forward") -> Iterator[tuple[tarfile.TarInfo, str, str]]:
-    """Yield (member, key, "image", "cls" or "json") of all that samples are made of, then check the end."""
+    """Yield (member, key, "image", "cls" or "json") of all that samples are made of, then check the end.
+
+    A label of its own behind the first dot is that of a key with dots, which would be left out unsaid.
+    """
+    key = None
     with tarfile.open(fileobj=cast(Any, file), mode="r:") as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # else every header stays in memory
@@ -88,8 +92,15 @@ def _parts(where: object, file: "_Forward") -> Iterator[tuple[tarfile.TarInfo, s
                 raise tarfile.ReadError(f"member {member.name!a} is sparse")
             match = _MEMBER.fullmatch(member.name)
             extension = match[2].lower() if match else ""
-            if match is not None and member.isreg() and _is_part(extension):
-                yield member, match[1], extension if extension in ("cls", "json") else "image"
+            if match is None or not member.isreg():
+                continue
+            if extension.endswith(".cls") and match[1] != key:
+                raise tarfile.ReadError(
+                    f"member {member.name!a}: a key ends at its first dot, and has no others"
+                )
+            if _is_part(extension):
+                key = match[1]
+                yield member, key, extension if extension in ("cls", "json") else "image"
         _check_end(where, file, tar.offset)  # type: ignore[attr-defined]
 
 
