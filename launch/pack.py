@@ -37,6 +37,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from launch._main import run
 from trainer import packing, shards, sources
+from trainer.address import local_path
 from trainer.check import check
 from trainer.errors import UserError
 from trainer.index import Index, is_packed, load_index, open_index
@@ -75,12 +76,14 @@ def build_parser() -> argparse.ArgumentParser:
     def add(name: str, text: str, path: str | None = "PATH") -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         if path:
-            command.add_argument("path", type=Path, metavar=path)
+            command.add_argument("path", type=local_path, metavar=path)
         return command
 
     add("imagefolder", "folder (or zip) of class folders of images")
     table = add("csv", "CSV file with the columns path,label[,split]", "FILE")
-    table.add_argument("--root", type=Path, metavar="FOLDER", help="where paths begin (the file's folder)")
+    table.add_argument(
+        "--root", type=local_path, metavar="FOLDER", help="where paths begin (the file's folder)"
+    )
     rows = add("parquet", ".parquet file, or folder of them")
     rows.add_argument("--image-column", default="image", metavar="NAME", help="bytes or paths (%(default)s)")
     rows.add_argument(
@@ -95,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("cifar", "folder of CIFAR-10 or CIFAR-100 (python or binary version), or folder or zip of its images")
     add("omniglot", "handwritten characters: zip or folder")
     add("orl", "ORL faces: zip or folder")
-    add("lfw", "folder or zip of NAME/NAME_0001.jpg").add_argument("pairs", type=Path, metavar="PAIRS")
+    add("lfw", "folder or zip of NAME/NAME_0001.jpg").add_argument("pairs", type=local_path, metavar="PAIRS")
     add("market1501", "folder or zip of bounding_box_train, bounding_box_test and query")
     persons = add("pipa", "folder of all_data.txt, split_*.txt and the photos")
     persons.add_argument("--region", choices=REGIONS, default="head", help="(%(default)s)")
@@ -104,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     foreign = add("index", "tars of KEY.jpg + KEY.cls that other tools wrote", None)
     tested = add("check", "read a whole packed data set and list what is wrong with it", None)
     for command in (foreign, tested):
-        command.add_argument("folder", type=Path, metavar="FOLDER", help="folder that holds the tars")
+        command.add_argument("folder", type=local_path, metavar="FOLDER", help="folder that holds the tars")
     for command in commands.choices.values():
         if command is not tested:
             existing = command.add_mutually_exclusive_group()
@@ -119,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_packing_options(command: argparse.ArgumentParser) -> None:
     """Add what every source has."""
-    command.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    command.add_argument("out", type=local_path, metavar="OUT", help="folder to write")
     command.add_argument(
         "--samples-per-shard", type=positive, default=10_000, metavar="N", help="images per tar (%(default)s)"
     )
@@ -180,6 +183,7 @@ def native_sets(options: argparse.Namespace) -> Mapping[str, Build]:
     path: Path = getattr(options, "path", Path())
     match options.source:
         case "imagefolder":
+            packing.require_apart(options.out, path)
             return {"": partial(sources.image_folder, path)}
         case "csv":
             found = sources.csv_sets(path, options.root)

@@ -1,10 +1,12 @@
+import argparse
 import sys
+from pathlib import Path
 
 import launching
 import pytest
 from web import served
 
-from trainer.address import Url, location, without_credentials
+from trainer.address import Url, local_path, location, without_credentials
 from trainer.config import from_dict
 from trainer.errors import UserError
 from trainer.options import dump, load
@@ -21,7 +23,7 @@ def run(**data: object):
     [
         ("https://ann:hunter2@host/a/b", "https://host/a/b"),
         ("https://ann:hun@ter2@host/a?sig=signature&x=1#y", "https://host/a"),
-        ("s3://key:hunter2@bucket/set", "s3://bucket/set"),
+        ("s3://bucket/a set", "s3://bucket/a set"),
         ("pipe:curl -H 'token: hunter2' https://host/{}", "pipe:curl ..."),
         ("http://host:8000/a", "http://host:8000/a"),
     ],
@@ -65,6 +67,8 @@ def test_a_message_keeps_what_follows_an_address():
         ("file://host/a", "a local path has none"),
         ("https://host/a::pipe:id", "has :: in its path"),
         ("https:///a", "has no host"),
+        ("s3://key:hunter2@bucket/set", "s3:// has credentials elsewhere (s3://bucket/set)"),
+        ("gs://bucket/set?token=hunter2", "gs:// has credentials elsewhere (gs://bucket/set)"),
         ("https://host/a\nHost: other", "characters that no address has"),
         ("pipe:id", "is a command; it needs data.allow_pipe=true"),
     ],
@@ -97,6 +101,22 @@ def test_text_without_a_scheme_is_a_path_and_file_is_local():
 def test_files_of_a_folder_keep_its_credentials_and_query():
     folder = Url("https://ann:hunter2@host/set/?sig=signature")
     assert folder.file("index/a b.tar").secret == "https://ann:hunter2@host/set/index/a%20b.tar?sig=signature"
+
+
+def test_names_in_an_object_store_are_taken_as_they_are():
+    assert (
+        Url("s3://bucket/my set/").file("index/a b+%20.tar").secret == "s3://bucket/my set/index/a b+%20.tar"
+    )
+
+
+@pytest.mark.parametrize(
+    "address", ["s3://bucket/set", "https://ann:hunter2@host/set", "ftp://ann:hunter2@h"]
+)
+def test_a_command_that_reads_or_writes_here_refuses_an_address(address):
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        local_path(address)
+    assert "hunter2" not in str(caught.value)
+    assert local_path("a/b") == Path("a/b")
 
 
 def test_the_name_of_a_file_stays_one_argument_of_a_pipe():

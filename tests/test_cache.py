@@ -17,13 +17,16 @@ from web import Fault, served
 
 from trainer import cache, remote
 from trainer.address import Url
-from trainer.cache import describe_source, open_data_set
+from trainer.augment import build_eval_transform, build_train_transform
+from trainer.cache import describe_source, open_data_set, read_together
 from trainer.config import DataConfig
+from trainer.data import build_eval_loader, build_train_loader
 from trainer.errors import UserError
 from trainer.index import open_index
 from trainer.locks import locked
-from trainer.order import epoch_order
-from trainer.samplers import ShuffledOrder
+from trainer.mixture import mix
+from trainer.order import Position, epoch_order
+from trainer.samplers import ShuffledOrder, mixed
 from trainer.shards import build_index, write_shards
 
 NUM_SAMPLES, PER_SHARD = 30, 5
@@ -467,32 +470,74 @@ def test_an_indexed_folder_of_foreign_tars_can_be_served(web, here):
     assert open_data_set(Url(web.url("/foreign")), "data.train", here).read(0) == image(PER_SHARD)
 
 
+def pack_pictures(folder: Path, seed: int, count: int):
+    """Pack so many random pictures of 6 x 6, two to a shard."""
+    pictures = []
+    for i in range(count):
+        buffer = io.BytesIO()
+        pixels = np.random.default_rng((seed, i)).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(buffer, "PNG")
+        pictures.append((buffer.getvalue(), "png", i % 2))
+    return write_shards(pictures, folder, ["ant", "bee"], 2)
+
+
+def digests(index, workers: int, order=None) -> list[int]:
+    transform = build_train_transform(image_size=6, flip_probability=0.5)
+    options = {"channels": 3, "global_batch": 4, "accumulation": 1, "seed": 2, "rank": 0, "world_size": 1}
+    steps = build_train_loader(
+        index, transform, **options, workers=workers, start=Position(), order=order, with_digests=True
+    )
+    try:
+        return [int(batch.digests_N.sum()) for batch, _ in itertools.islice(steps, 7)]
+    finally:
+        steps.close()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_of_a_remote_data_set_in_a_small_cache_are_those_of_the_local_one(web, here, workers):
-    from trainer.augment import build_train_transform
-    from trainer.data import build_train_loader
-    from trainer.order import Position
-
-    def digests(index, workers: int) -> list[int]:
-        transform = build_train_transform(image_size=6, flip_probability=0.5)
-        options = {"channels": 3, "global_batch": 4, "accumulation": 1, "seed": 2, "rank": 0, "world_size": 1}
-        steps = build_train_loader(
-            index, transform, **options, workers=workers, start=Position(), with_digests=True
-        )
-        try:
-            return [int(batch.digests_N.sum()) for batch, _ in itertools.islice(steps, 7)]
-        finally:
-            steps.close()
-
-    pictures = []
-    for i in range(12):
-        buffer = io.BytesIO()
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (6, 6, 3), dtype=np.uint8)).save(
-            buffer, "PNG"
-        )
-        pictures.append((buffer.getvalue(), "png", i % 2))
-    local = write_shards(pictures, web.root / "pictures", ["ant", "bee"], 2)
+    local = pack_pictures(web.root / "pictures", 0, 12)
     room = limited(here, 2 * local.shards[0].bytes)
     there = open_data_set(Url(web.url("/pictures")), "data.train", room)
     assert digests(there, workers) == digests(local, 0)
     assert len(tars(here)) <= 2
+
+
+@pytest.mark.parametrize("room", [1, 3, 9])
+def test_data_sets_that_are_mixed_are_fetched_in_their_common_order(web, here, room):
+    near = [pack_pictures(web.root / f"{seed}", seed, count) for seed, count in enumerate((8, 6, 4))]
+    data = limited(here, room * max(shard.bytes for part in near for shard in part.shards))
+    far = [open_data_set(Url(web.url(f"/{seed}")), f"data.mix.{seed}", data) for seed in (0, 1)]
+    names = ["0", "1", "2"]
+    mixture = mix(read_together([*far, near[2]]), "offset", names)  # the last one lies in a folder
+    order = mixed([8, 6, 4], [1.0, 2.0, 0.5], seed=4)
+    samples = order.of_epoch(0)(np.arange(order.num_positions))
+    for position in range(order.num_positions):
+        mixture.store.expect(0, position, order)
+        mixture.store._rest_until = 0
+        mixture.store.fetch_ahead()
+        mixture.store._fetcher.join()
+        needed = list(dict.fromkeys(int(i) // 2 for i in samples[position:] if i < 14))
+        here_now = {k for k in range(7) if mixture.store.shards[k].sha256 in tars(here)}
+        assert here_now >= set(needed[:room])
+        assert len(here_now) <= room
+    copy = pickle.loads(pickle.dumps(mixture))
+    assert copy.parts[0].store is copy.parts[1].store is copy.store
+    local = mix(near, "offset", names)
+    for workers in (0, 2) if room == 1 else ():
+        assert digests(copy, workers, order) == digests(local, 0, order)
+    assert read_together(near) == near
+    assert local.store is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_of_a_test_set_are_fetched_ahead_too(web, here, workers):
+    pack_pictures(web.root / "test", 7, 20)
+    index = open_data_set(Url(web.url("/test")), "eval.classification.test", here)
+    options = {"channels": 3, "batch_size": 4, "rank": 0, "world_size": 1, "workers": workers}
+    batches = iter(build_eval_loader(index, build_eval_transform(image_size=6), **options))
+    next(batches)
+    deadline = time.monotonic() + 20
+    while len(tars(here)) < 10 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [path[-5] for path in fetches(web)] == [*"0123456789"]
+    assert sum(int(batch.valid_N.sum()) for batch in batches) == 16

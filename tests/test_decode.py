@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer import decode as decoding
+from trainer import pixels
 from trainer.decode import decode
 
 
@@ -91,7 +91,7 @@ def test_decode_raises_one_line_for_broken_bytes(content):
 
 
 def test_decode_refuses_an_image_that_would_fill_the_memory(monkeypatch):
-    monkeypatch.setattr(decoding, "MAX_PIXELS", 99)
+    monkeypatch.setattr(pixels, "MAX_PIXELS", 99)
     for kind in ("PNG", "JPEG"):
         assert decode(encode(Image.new("L", (9, 11)), kind), 1).shape == (1, 11, 9)
         with pytest.raises(ValueError, match="10 x 10 pixels are above the limit of 99"):
@@ -130,3 +130,10 @@ def test_a_large_jpeg_is_decoded_smaller_only_if_asked_and_never_below_the_side(
     assert decode(encode(Image.new("RGB", (64, 64))), 3, 8).shape == (3, 64, 64)
     smaller = np.asarray(photograph(400, 304).resize((200, 152), Image.Resampling.BOX)).astype(int)
     assert np.abs(decode(jpeg, 3, 152).permute(1, 2, 0).numpy() - smaller).mean() < 4
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_note_on_which_side_is_up_turns_nothing(kind):
+    image, note = Image.fromarray(noise(6, 9, 3)), Image.Exif()
+    note[0x0112] = 6  # turned by a quarter
+    assert decode(encode(image, kind, exif=note), 3).equal(decode(encode(image, kind), 3))

@@ -55,6 +55,10 @@ def test_offline_wandb_run_holds_the_same_metrics(two_ranks: Path) -> None:
         assert history[line["step"]]["train/loss"] == line["train/loss"]
 
 
+def digests(run: Path) -> list[str]:
+    return [line["data/batch_digest"] for line in read_metrics(run)]
+
+
 @pytest.mark.parametrize(("ranks", "launcher"), [(1, "python"), (3, "torchrun")])
 def test_curve_and_batches_do_not_depend_on_the_number_of_ranks(
     folder: Path, two_ranks: Path, ranks: int, launcher: str
@@ -65,11 +69,8 @@ def test_curve_and_batches_do_not_depend_on_the_number_of_ranks(
     assert done.code == 0, done.stderr
     # float32 sums in another order; 30 steps with momentum and batch norm let the differences grow
     torch.testing.assert_close(losses(folder / name), losses(two_ranks), rtol=1e-4, atol=0)
-    digests = [
-        [line["data/batch_digest"] for line in read_metrics(run)] for run in (folder / name, two_ranks)
-    ]
-    assert digests[0] == digests[1]
-    assert len(set(digests[0])) == 30
+    assert digests(folder / name) == digests(two_ranks)
+    assert len(set(digests(two_ranks))) == 30
 
 
 def test_killed_run_goes_on_as_if_nothing_had_happened(folder: Path, two_ranks: Path) -> None:
@@ -87,6 +88,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(folder: Path, two_ranks: 
     assert done.code == 0, done.stderr
     assert "resumed from" in done.stderr
     assert torch.equal(losses(run), losses(two_ranks))  # to the bit: same ranks, same machine
+    assert digests(run) == digests(two_ranks)
 
 
 def test_resume_on_another_number_of_ranks_follows_the_same_curve(folder: Path, two_ranks: Path) -> None:
@@ -97,6 +99,29 @@ def test_resume_on_another_number_of_ranks_follows_the_same_curve(folder: Path, 
         1, *options(folder, "moved", "engine.zero_stage=1", "data.log_batch_digest=true")
     ).wait()
     assert done.code == 0, done.stderr
+    torch.testing.assert_close(losses(run), losses(two_ranks), rtol=1e-4, atol=0)
+    assert digests(run) == digests(two_ranks)
+
+
+@pytest.mark.nightly
+def test_a_run_killed_on_two_and_on_three_ranks_ends_on_one_with_the_same_batches(
+    folder: Path, two_ranks: Path
+) -> None:
+    run = folder / "wandering"
+    for ranks, workers, last_checkpoint in ((2, 1, 12), (3, 2, 24), (1, 0, None)):
+        every = ("checkpoint.every_steps=12", "data.log_batch_digest=true", f"data.workers={workers}")
+        started = start_train(ranks, *options(folder, "wandering", *every), launcher="torchrun")
+        if last_checkpoint is None:
+            done = started.wait()
+            assert done.code == 0, done.stderr
+            continue
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoints" / f"step-{last_checkpoint:08d}").exists():
+            assert time.monotonic() < deadline
+            assert started.process.poll() is None
+            time.sleep(0.02)
+        started.kill()
+    assert digests(run) == digests(two_ranks)
     torch.testing.assert_close(losses(run), losses(two_ranks), rtol=1e-4, atol=0)
 
 

@@ -89,10 +89,11 @@ def test_a_reduced_decode_leaves_the_smallest_crop_its_pixels(packed):
 def test_mixed_sets_share_classes_by_name_or_keep_them_apart(packed, tmp_path):
     other = pack(tmp_path / "other", ["dog", "eel"], 10)
     one, two = open_index(packed, "data.train"), open_index(other, "data.mix")
-    both = mix([one, two], "name")
+    both = mix([one, two], "name", ["one", "two"])
     assert both.class_names == ("ant", "bee", "cat", "dog", "eel")
     assert both.labels_N[NUM_SAMPLES:].tolist() == [3, 4] * 5
-    apart = mix([one, two], "offset")
+    apart = mix([one, two], "offset", ["one", "two"])
+    assert apart.class_names == ("one/ant", "one/bee", "one/cat", "one/dog", "two/dog", "two/eel")
     assert apart.num_classes == 6
     assert apart.labels_N[NUM_SAMPLES:].tolist() == [4, 5] * 5
     assert both.num_samples == NUM_SAMPLES + 10
@@ -113,4 +114,4 @@ def test_foreign_shards_without_names_are_not_matched_by_name(packed, tmp_path):
     head = other / "index" / "index.json"
     head.write_text(head.read_text().replace('"dog",', "").replace('"eel"', ""))
     with pytest.raises(UserError, match=r"data.mix_labels: the classes of .*other have no names to match by"):
-        mix([open_index(packed, "a"), open_index(other, "b")], "name")
+        mix([open_index(packed, "a"), open_index(other, "b")], "name", ["a", "b"])

@@ -1,6 +1,7 @@
 """Data made to do harm: it is refused in one line, or harmless. Nothing in it runs, nothing is unpacked."""
 
 import contextlib
+import gzip
 import io
 import json
 import pickle
@@ -16,11 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from trainer import tars
+from trainer import stream, tars
+from trainer.augment import build_eval_transform
 from trainer.decode import decode
 from trainer.errors import UserError
 from trainer.index import ARRAYS, MAX_IMAGE_BYTES, load_index, open_index
+from trainer.order import Position
 from trainer.shards import build_index, write_shards
+from trainer.stream import StreamSource, build_stream_loader
 
 ALLOCATION_LIMIT = 32 << 20
 few = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
@@ -249,6 +253,7 @@ CHANGES = {
     "shards are text": lambda head: head.update(shards="abc"),
     "no classes": lambda head: head.update(num_classes=0),
     "classes are text": lambda head: head.update(num_classes="2"),
+    "names are halves of characters": lambda head: head.update(class_names=["a", "\ud800"]),
     "names are numbers": lambda head: head.update(class_names=[1, 2]),
     "too many names": lambda head: head.update(class_names=["a"] * 3),
     "fingerprint is a list": lambda head: head.update(fingerprint=[]),
@@ -344,6 +349,64 @@ def test_an_image_without_pixels_is_refused(size):
 def test_formats_with_programs_in_them_and_others_are_not_tried(content):
     with pytest.raises(ValueError, match="cannot decode"):
         decode(content, 3)
+
+
+# The second reader.
+
+
+class Arriving(io.BytesIO):
+    """Bytes that come once."""
+
+    def seekable(self) -> bool:
+        return False
+
+    def seek(self, *_: int) -> int:
+        raise io.UnsupportedOperation
+
+
+LABEL, TOO_LONG = member("000.cls", b"0"), b"%011o\0" % (MAX_IMAGE_BYTES + 1)
+STREAMED = {name: (content + END, "") for name, content in HEADERS.items()} | {
+    "nothing but links": (member("000.png", b"", b"2", link=b"/etc/passwd") + END, "holds no samples"),
+    "sparse": (member("000.png", bytes(512), b"S") + LABEL + END, "member '000.png' is sparse"),
+    "compressed": (gzip.compress(bytes(1 << 26)) + END, "truncated or not a tar"),
+    "many pixels": (LABEL + member("000.png", claiming_png(8193, 8192, b"")) + END, "8193 x 8192 pixels"),
+    "many bytes": (LABEL + member("000.png", b"", size=TOO_LONG) + END, "empty or above 64 MiB"),
+    "twice": (LABEL + LABEL + member("000.png", png()) + END, "000.cls: duplicate file name"),
+    "a pickle for a label": (member("000.cls", pickle.dumps(3)) + member("000.png", png()) + END, "integer"),
+    "a long label": (member("000.cls", b"1" * 33) + member("000.png", png()) + END, "label must be"),
+    "no end": (LABEL + member("000.png", png()) + bytes(512), "truncated: no end of archive"),
+    "another tar behind": (SAMPLE + END + SAMPLE + END, "broken header, or another tar glued on"),
+}
+
+
+@pytest.mark.parametrize("comes_once", [False, True])
+@pytest.mark.parametrize("name", STREAMED)
+def test_a_stream_refuses_what_an_index_refuses(tmp_path, name, comes_once, monkeypatch):
+    content, reason = STREAMED[name]
+    (tmp_path / "x.tar").write_bytes(content)
+    if comes_once:
+        monkeypatch.setattr(stream, "_opened", lambda shard: Arriving(content))
+    options = {"channels": 3, "shuffle_buffer": 2, "smallest_side": None, "seed": 0}
+    source = StreamSource(shards=(tmp_path / "x.tar",), num_classes=4, **options)
+    options = {"global_batch": 1, "rank": 0, "world_size": 1, "workers": 0, "epoch_images": 4}
+    steps = build_stream_loader(source, build_eval_transform(image_size=4), **options, start=Position())
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError) as caught:
+            next(steps)
+        assert tracemalloc.get_traced_memory()[1] < ALLOCATION_LIMIT
+    finally:
+        tracemalloc.stop()
+    assert str(caught.value).startswith(f"rank 0: {tmp_path}/x.tar")
+    assert reason in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_a_stream_skips_what_is_neither_image_nor_label(tmp_path):
+    bomb = pickle.dumps(Bomb(tmp_path / "owned"))
+    odd = b"".join(member(f"000.{extension}", bomb) for extension in ("pyd", "pth", "json", "gz", "yaml"))
+    content = odd + member("000.link", b"", b"2", link=b"/etc/passwd") + SAMPLE + END
+    assert list(tars.read_tar(Arriving(content), "here")) == [("000.png", png()), ("000.cls", b"1")]
 
 
 # Any bytes at all: a result or an error of the kind that is promised.

@@ -87,7 +87,7 @@ def test_a_bad_sample_is_replaced_by_what_the_key_says(index, tmp_path):
     assert set(met) <= {position for step in found for position in step[2]}
 
 
-@pytest.mark.parametrize(("world_size", "workers"), [(1, 1), (2, 0), (3, 0), (4, 0)])
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 1), (2, 0), (3, 2), (4, 0)])
 def test_pixels_of_replacements_do_not_depend_on_ranks_and_workers(index, tmp_path, world_size, workers):
     one = steps(index, tmp_path / "one")
     other = steps(index, tmp_path / "other", world_size=world_size, workers=workers)

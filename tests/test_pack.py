@@ -69,6 +69,12 @@ def test_script_packs_a_folder_and_then_refuses_in_one_line_to_overwrite_it(phot
     )
 
 
+def test_the_folder_to_write_may_not_lie_among_the_images(photos, run):
+    with pytest.raises(UserError, match=r"out lies in .*, of which all is packed; choose a folder outside"):
+        run("imagefolder", photos, photos / "a" / "out")
+    assert not (photos / "a" / "out").exists()
+
+
 def test_packing_again_keeps_or_rewrites_the_same_bytes(photos, tmp_path, run):
     [first] = run("imagefolder", photos, tmp_path / "out")
     assert (first["written"], first["num_samples"], first["num_classes"], first["num_shards"]) == (

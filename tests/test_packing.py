@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -13,12 +15,22 @@ from PIL import Image
 from test_shards import every_file, png
 
 from trainer import packing
+from trainer.check import check
+from trainer.decode import decode
 from trainer.errors import UserError
 from trainer.index import is_packed, open_index
 from trainer.jobs import Jobs
 from trainer.order import epoch_order
 from trainer.packing import pack
-from trainer.sources import Source, reencoded, split_by_class, split_by_sample, with_enough_images
+from trainer.sources import (
+    Source,
+    image_folder,
+    reencoded,
+    split_by_class,
+    split_by_sample,
+    with_enough_images,
+)
+from trainer.sources.pictures import recode
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -268,3 +280,72 @@ def test_the_summary_says_what_is_in_a_folder(tmp_path):
     assert found["image_bytes"] == {"min": sizes.min(), "mean": sizes.mean(), "max": sizes.max()}
     assert found["bytes"] == (tmp_path / "out" / "data-000000.tar").stat().st_size
     assert (tmp_path / "out" / "index" / "classes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_who_waits_to_pack_does_not_replace_what_another_has_finished(tmp_path, monkeypatch):
+    def finish_first(staging, out):
+        monkeypatch.undo()
+        pack(make_source(4), out)
+        staging.mkdir()
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(packing, "_lock", finish_first)
+    with pytest.raises(UserError, match="already holds a packed data set"):
+        pack(make_source(9), tmp_path / "out")
+    assert open_index(tmp_path / "out", "x").num_samples == 4
+
+
+@pytest.mark.parametrize("quality", [None, 95])
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16"])
+def test_a_smaller_image_is_what_training_would_have_seen_made_smaller(mode, quality):
+    values = np.random.default_rng(0).integers(0, 256, (12, 16, 4), dtype=np.uint8)
+    image = Image.fromarray(values, "RGBA")
+    if mode == "I;16":
+        image = Image.fromarray(values[..., 0].astype(np.uint16) << 8 | 7)
+    elif mode != "RGBA":
+        image = image.convert("RGB" if mode in ("1", "CMYK") else "RGBA").convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG" if mode == "CMYK" else "PNG", **({"quality": 100} if mode == "CMYK" else {}))
+    small, extension = recode(buffer.getvalue(), "jpg" if mode == "CMYK" else "png", 6, quality)
+    seen = Image.fromarray(decode(buffer.getvalue(), 3).permute(1, 2, 0).numpy())
+    expected = np.asarray(seen.resize((8, 6), Image.Resampling.LANCZOS)).astype(int)
+    found = decode(small, 3).permute(1, 2, 0).numpy().astype(int)
+    lossless = extension == "png"
+    assert np.abs(found - expected).mean() <= (1 if lossless else 25)  # random pixels are hard for JPEG
+    assert lossless == (quality is None and mode != "CMYK")
+
+
+def test_images_of_any_name_and_kind_come_out_as_they_went_in(tmp_path):
+    colours = Image.fromarray(np.random.default_rng(1).integers(0, 256, (9, 7, 3), dtype=np.uint8))
+    files = {
+        "a class/img 1.JPG": (colours, "JPEG"),
+        "a class/img.with.dots.JPEG": (colours.convert("L"), "JPEG"),
+        "\u00fcn\u00ef/\u65e5\u672c.jpg": (colours.convert("CMYK"), "JPEG"),
+        "-rf/'quote\".png": (colours.convert("P"), "PNG"),
+        "%20+&/x;y$(z).PNG": (colours.convert("RGBA"), "PNG"),
+        "new\nline/\x1b[2J.png": (
+            Image.fromarray(np.arange(0, 63000, 1000, dtype=np.uint16).reshape(9, 7)),
+            "PNG",
+        ),
+        "only/one.WEBP": (colours, "WEBP"),
+    }
+    seen = []
+    for name, (image, kind) in files.items():
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, kind)
+        seen.append((path.parent.name, decode(path.read_bytes(), 3).numpy().tobytes()))
+    packed = pack(image_folder(tmp_path / "in"), tmp_path / "out", samples_per_shard=3)
+    names = [packed.class_names[label] for label in packed.labels_N]
+    images = [decode(packed.read(i), 3).numpy().tobytes() for i in range(len(files))]
+    assert sorted(zip(names, images, strict=True)) == sorted(seen)
+    assert check(tmp_path / "out").problems == []
+
+
+def test_a_name_that_is_not_text_is_refused_before_anything_is_written(tmp_path):
+    folder = os.fsencode(tmp_path / "in") + b"/\xff\xfe"
+    os.makedirs(folder)
+    Path(os.fsdecode(folder + b"/a.png")).write_bytes(png(0))
+    with pytest.raises(UserError, match=r"class '.udcff.udcfe' has a name that is not UTF-8; rename it"):
+        pack(image_folder(tmp_path / "in"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

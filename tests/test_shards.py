@@ -218,7 +218,7 @@ def test_broken_header_in_the_middle_is_refused(packed):
         ([("a.png", b"x"), ("a.cls", b"-1")], "label must be an integer from 0 to 2147483647, it is '-1'"),
         ([("a.png", b"x"), ("a.cls", b"1.0")], "it is '1.0'"),
         ([("a.png", b"x"), ("a.cls", b"2147483648")], "it is '2147483648'"),
-        ([("a.png", b""), ("a.cls", b"1")], "sparse, empty or above"),
+        ([("a.png", b""), ("a.cls", b"1")], "image is empty or above"),
         ([("a.txt", b"x")], "hold no samples"),
     ],
 )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_shards import png, write_tar
 
 from trainer.errors import UserError
-from trainer.tars import scan_tar
+from trainer.tars import read_tar, scan_tar
 
 END = bytes(1024)
 
@@ -79,6 +79,18 @@ def test_a_thousand_headers_before_a_header_are_refused(tmp_path):
         scan(tmp_path / "a.tar", b"".join(member("x", b"name", b"L") for _ in range(3000)) + END)
 
 
+def test_a_key_with_dots_is_not_left_out_without_a_word(tmp_path):
+    write_tar(
+        tmp_path / "a.tar", [("a.cls", b"1"), ("a.fine.cls", b"7"), ("a.png", png(0)), ("a.x.png", b"")]
+    )
+    assert [sample.label for sample in scan_tar(tmp_path / "a.tar")] == [1]
+    write_tar(
+        tmp_path / "a.tar", [("a.cls", b"1"), ("a.png", png(0)), ("b.1.cls", b"1"), ("b.1.png", png(1))]
+    )
+    with pytest.raises(UserError, match=r"a\.tar: .*member 'b\.1\.cls': a key ends at its first dot"):
+        list(scan_tar(tmp_path / "a.tar"))
+
+
 def test_links_and_devices_are_no_images(tmp_path):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
@@ -122,4 +134,11 @@ def test_any_bytes_give_samples_or_an_error_of_the_user(tmp_path, data):
     )
     for at in data.draw(st.lists(st.integers(0, max(0, len(content) - 1)), max_size=3)) if content else ():
         content[at] = data.draw(st.integers(0, 255))
-    assert "\n" not in message_of(lambda: scan(tmp_path / "a.tar", bytes(content)))
+    samples: list = []
+    assert "\n" not in message_of(lambda: samples.extend(scan(tmp_path / "a.tar", bytes(content))))
+    streamed: list = []
+    message = message_of(lambda: streamed.extend(read_tar(io.BytesIO(content), "a.tar")))
+    assert "\n" not in message
+    found = [bytes(content[sample.offset : sample.offset + sample.length]) for sample in samples]
+    assert found == [image for name, image in streamed if not name.lower().endswith(".cls")] or not found
+    assert not (samples and message)

@@ -81,7 +81,8 @@ level 1
     batchnorm       batch norm over the images of all ranks
     metrics         how good features are: accuracy, verification, identification
     index           where every sample of a packed data set lies: found with one read
-    tars            what is in a tar of samples, told from its headers, which may be hostile
+    decode          from the bytes of an image to its pixels
+    tars            what is in a tar of samples, which may be hostile
     recordio        InsightFace's .rec and .idx
     pickles         the pickles of foreign data sets, read without unpickling
     jobs            independent pieces of work in several processes
@@ -91,7 +92,7 @@ level 1
 level 0
     hardpairs       the images a model finds hardest: one class yet far apart, two yet close
     collectives     every tensor that travels between ranks in a step, with its gradient [torch.distributed]
-    decode          from the bytes of an image to its pixels
+    pixels          which images are read, up to how many pixels, and what they look like
     augment         from pixels to the tensor that is sent to the device
     order           in which order samples are seen: a function of seed and epoch
     machines        accelerators by their data sheets

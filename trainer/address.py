@@ -1,9 +1,11 @@
 """Where a data set is: a folder, or a URL that is never shown with its credentials.
 
 A URL may carry secrets in three places: ``user:password@``, the query (presigned links, SAS tokens) and the
-command of a ``pipe:``. They stay in memory: what is printed, logged, saved or sent to W&B is ``str(url)``.
+command of a ``pipe:``; not that of an object store, whose client has them from elsewhere. They stay in
+memory: what is printed, logged, saved or sent to W&B is ``str(url)``.
 """
 
+import argparse
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -11,7 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-SCHEMES = ("https", "http", "s3", "gs", "pipe")
+OBJECT_STORES = ("s3", "gs")  # their names are not percent-encoded
+SCHEMES = ("https", "http", *OBJECT_STORES, "pipe")
 _SCHEME = re.compile(r"(?:([A-Za-z][A-Za-z0-9+.-]*)://|(pipe):)")
 _USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s?#]*@")
 _QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?#'\"]*)[?#][^\s'\"]*")
@@ -63,6 +66,8 @@ class Url:
         """Return the address of a file of this folder; a query is the folder's."""
         if self.scheme == "pipe":
             return Url(self.secret, name)
+        if self.scheme in OBJECT_STORES:
+            return Url(f"{self.secret.rstrip('/')}/{name}")
         parts = urlsplit(self.secret)
         return Url(urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}")))
 
@@ -76,8 +81,26 @@ def location(value: Any) -> Path | Url:
     if not (match := _SCHEME.match(value)):
         return Path(value)
     if (match[1] or "").lower() != "file":
-        return Url(value)
+        return _without_secrets(Url(value))
     parts = urlsplit(value)
     if parts.netloc not in ("", "localhost"):
         raise ValueError(f"file: has a host, {parts.hostname}; a local path has none (file:///path)")
     return Path(unquote(parts.path))
+
+
+def local_path(text: str) -> Path:
+    """Return what a command line names on this machine. Raises what argparse shows for any address."""
+    try:
+        place = location(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if isinstance(place, Url):
+        raise argparse.ArgumentTypeError(f"{place} is not on this machine")
+    return place
+
+
+def _without_secrets(url: Url) -> Url:
+    """Return an address that was typed. Raises ValueError for secrets that an object store does not know."""
+    if url.scheme in OBJECT_STORES and re.search(r"[?#]|://[^/]*@", url.secret):
+        raise ValueError(f"has a password or a query; {url.scheme}:// has credentials elsewhere ({url})")
+    return url

@@ -19,7 +19,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +58,23 @@ def open_data_set(location: Path | Url, name: str, data: DataConfig) -> Index:
     largest = max(shard.bytes for shard in index.shards)
     if largest > limit:
         raise UserError(f"data.cache_gib: {data.cache_gib:g} has no room for a shard of {largest} bytes")
-    return index.stored_in(ShardCache(location, folder, limit, name, index.shards, index.starts))
+    sources = {shard.sha256: (location.file(shard.name), name) for shard in index.shards}
+    return index.stored_in(ShardCache(folder, limit, name, sources, index.shards, index.starts))
+
+
+def read_together(parts: Sequence[Index]) -> list[Index]:
+    """Return data sets that are read in one order, as one: one cache knows which of their shards comes next.
+
+    Folders are returned as they are.
+    """
+    caches = [part.store for part in parts if isinstance(part.store, ShardCache)]
+    if not caches:
+        return list(parts)
+    shards = tuple(shard for part in parts for shard in part.shards)
+    starts = np.cumsum([0, *(shard.n for shard in shards)], dtype=np.int64)
+    sources = {sha256: source for cache in caches for sha256, source in cache.sources.items()}
+    common = ShardCache(caches[0].folder, caches[0].limit, parts[0].field, sources, shards, starts)
+    return [part if part.store is None else part.stored_in(common) for part in parts]
 
 
 def cache_folder(data: DataConfig) -> Path:
@@ -81,23 +97,25 @@ def describe_source(location: Path | Url, index: Index | None, data: DataConfig)
 
 @dataclass
 class ShardCache:
-    """The shards of one remote data set on this node, as ``Index`` reads them."""
+    """The shards of remote data on this node, as ``Index`` reads them."""
 
-    url: Url
     folder: Path
     limit: int
     name: str
     """Field of the configuration, for messages."""
+    sources: dict[str, tuple[Url, str]]
+    """Where a shard comes from, by its hash, and for which field; not of one that lies in a folder."""
     shards: tuple[Shard, ...]
+    """Of all that is read in one order."""
     starts: NDArray[np.int64]
     _now: tuple[int, int, Order] | None = None
-    _epoch_shards: tuple[int, NDArray[Any]] | None = None
+    _epoch_shards: tuple[int, Order, NDArray[Any]] | None = None
     _computing: threading.Lock = field(default_factory=threading.Lock)
     _fetcher: threading.Thread | None = None
     _rest_until: float = 0.0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardCache, (self.url, self.folder, self.limit, self.name, self.shards, self.starts)
+        return ShardCache, (self.folder, self.limit, self.name, self.sources, self.shards, self.starts)
 
     def expect(self, epoch: int, position: int, order: Order) -> None:
         """Tell which sample is read now: number ``position`` of an epoch of ``order``. Costs nothing."""
@@ -139,7 +157,7 @@ class ShardCache:
         """Fetch the shard that is needed first of those that are missing. Return False if none can be."""
         for position, shard in self._upcoming():
             path, _ = self._paths(shard)
-            if path.exists():
+            if shard.sha256 not in self.sources or path.exists():
                 continue
             with locked_if_free(self._lock(shard.sha256)) as lock:
                 if lock is None or path.exists():
@@ -164,7 +182,8 @@ class ShardCache:
     def _fetch(self, shard: Shard) -> int:
         """Download a shard, whose lock is held and room reserved, and open it."""
         path, partial = self._paths(shard)
-        download(self.url.file(shard.name), partial, self.name, size=shard.bytes, sha256=shard.sha256)
+        url, name = self.sources[shard.sha256]
+        download(url, partial, name, size=shard.bytes, sha256=shard.sha256)
         descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)  # before others can remove it
         partial.rename(path)
         return descriptor
@@ -237,15 +256,15 @@ class ShardCache:
     def _shards_in_order(self, epoch: int, order: Order) -> NDArray[Any]:
         """Return the shard of every sample in the order of an epoch: 2 bytes each up to 65 535 shards."""
         with self._computing:
-            if self._epoch_shards is None or self._epoch_shards[0] != epoch:
+            if self._epoch_shards is None or self._epoch_shards[:2] != (epoch, order):
                 samples_of = order.of_epoch(epoch)
                 shards_N = np.empty(order.num_positions, dtype=np.min_scalar_type(len(self.shards)))
                 for begin in range(0, len(shards_N), _PIECE):
                     piece = shards_N[begin : begin + _PIECE]
                     samples = samples_of(np.arange(begin, begin + len(piece)))
                     piece[:] = np.searchsorted(self.starts, samples, side="right") - 1
-                self._epoch_shards = epoch, shards_N
-            return self._epoch_shards[1]
+                self._epoch_shards = epoch, order, shards_N
+            return self._epoch_shards[2]
 
 
 def _make_private(folder: Path, name: str) -> None:

@@ -25,7 +25,7 @@ from trainer.errors import UserError
 from trainer.index import ShardStore
 from trainer.ledger import BadSample, Ledger
 from trainer.order import Order, Position, rank_positions, sample_key
-from trainer.samplers import ShuffledOrder
+from trainer.samplers import PlainOrder, ShuffledOrder
 from trainer.signals import ignore_in_worker
 
 PADDING_LABEL = -1
@@ -227,6 +227,13 @@ class _Reader:
     rank: int
     smallest_side: int | None
 
+    def expect(self, epoch: int, position: int, order: Order) -> None:
+        """Tell the store of remote shards what is read now: it keeps, and fetches, what is needed next."""
+        if (store := self.index.store) is not None:
+            store.expect(epoch, position, order)
+            if (worker := get_worker_info()) is None or worker.id == 0:
+                store.fetch_ahead()
+
     def read_many(self, samples: Sequence[int]) -> list[bytes] | Failure:
         try:
             return self.index.read_many(samples)
@@ -257,10 +264,7 @@ class _TrainSamples(Dataset[Batch | Failure]):
         self.replace, self.quarantine, self.with_digests = replace, quarantine, with_digests
 
     def __getitem__(self, items: list[_Item]) -> Batch | Failure:
-        if (store := self.reader.index.store) is not None:  # it keeps and fetches what is needed soon
-            store.expect(items[0].epoch, items[0].position, self.order)
-            if (worker := get_worker_info()) is None or worker.id == 0:
-                store.fetch_ahead()
+        self.reader.expect(items[0].epoch, items[0].position, self.order)
         contents = self.reader.read_many([item.sample for item in items])
         if isinstance(contents, Failure):
             return contents
@@ -313,10 +317,11 @@ class _EvalSamples(Dataset[Batch | Failure]):
     """The "index" of this data set is the positions of a whole step."""
 
     def __init__(self, reader: _Reader) -> None:
-        self.reader = reader
+        self.reader, self.order = reader, PlainOrder(reader.index.num_samples)
 
     def __getitem__(self, positions: list[int]) -> Batch | Failure:
         index = self.reader.index
+        self.reader.expect(0, positions[0], self.order)
         valid = [position < index.num_samples for position in positions]
         samples = [position if good else 0 for position, good in zip(positions, valid, strict=True)]
         contents = self.reader.read_many(samples)  # padding has to look like an image

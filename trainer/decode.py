@@ -2,7 +2,8 @@
 
 JPEGs go through libjpeg-turbo without PIL, twice as fast and to the same pixels; all else, and what that
 library does not take (CMYK, or bytes it finds broken), goes through PIL, which has the last word. Which way
-is taken depends on the bytes alone, so an image has the same pixels on every rank and machine. (For PNGs,
+is taken depends on the bytes alone, so an image has the same pixels on every rank and machine. They are
+those that are stored: a camera's note on which side is up (EXIF) turns nothing, as in torchvision. (For PNGs,
 torchvision's libpng is three times as fast as PIL, and crashes the process on some spoilt bytes.) Shapes:
 C channels, H height, W width.
 """
@@ -15,8 +16,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-MAX_PIXELS = 1 << 26  # a small file can claim to be an image that fills the memory
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+from trainer.pixels import FORMATS, check_size, flatten
+
 _JPEG_START = b"\xff\xd8\xff"
 _JPEG_COLOURS = ("YCbCr", "Gray", "RGB")
 
@@ -45,7 +46,7 @@ def _decode_jpeg(image_bytes: bytes, channels: int, smallest_side: int | None) -
         return None
     if colours not in _JPEG_COLOURS:
         return None
-    _check_size(width, height)
+    check_size(width, height)
     side = 0 if smallest_side is None else smallest_side
     smaller = {"min_height": side, "min_width": side, "min_factor": 2.0 if side else 1.0}
     try:
@@ -58,28 +59,11 @@ def _decode_any(image_bytes: bytes, channels: int) -> np.ndarray:
     """Return pixels_HWC as PIL sees them."""
     try:
         with Image.open(io.BytesIO(image_bytes), formats=FORMATS) as image:
-            _check_size(image.width, image.height)
-            flat, mode = _flatten(image), {1: "L", 3: "RGB"}[channels]
+            check_size(image.width, image.height)
+            flat, mode = flatten(image), {1: "L", 3: "RGB"}[channels]
             pixels = np.array(flat if flat.mode == mode else flat.convert(mode))
     except UnidentifiedImageError:
         raise ValueError(f"cannot decode: not one of {', '.join(FORMATS)}") from None
     except Exception as error:  # PIL raises nearly anything on broken bytes
         raise ValueError(f"cannot decode: {' '.join(str(error).split()) or type(error).__name__}") from None
     return pixels.reshape(*pixels.shape[:2], channels)
-
-
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels are above the limit of {MAX_PIXELS}")
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    """Return what a viewer shows on white paper, in a mode of 8 bits per channel."""
-    if image.has_transparency_data:
-        paper = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
-    if image.mode.startswith("I;16"):  # PIL would clip at 255 instead of scaling
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} have no fixed range")
-    return image

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from trainer.address import Url, location
 from trainer.augment import Transform, build_eval_transform, build_train_transform
 from trainer.backbone import image_size_of
-from trainer.cache import open_data_set
+from trainer.cache import open_data_set, read_together
 from trainer.collectives import concatenate_over
 from trainer.config import Config, to_dict
 from trainer.data import Batch, EvalLoader, Samples, build_eval_loader, build_train_loader
@@ -56,7 +56,8 @@ def open_training_data(config: Config) -> TrainingData:
     index: Index | Mixture = first
     if data.mix:
         others = [open_data_set(location(folder), f"data.mix.{folder}", data) for folder in data.mix]
-        index = mix([first, *others], data.mix_labels)
+        names = [Path(str(place)).name for place in (data.train, *map(location, data.mix))]
+        index = mix(read_together([first, *others]), data.mix_labels, names)
     order = build_order(config, index)
     return TrainingData(
         index, order, index.num_classes, index.class_names, order.num_positions, _fingerprint(config, index)

@@ -354,6 +354,7 @@ def _read_head(folder: Path) -> dict[str, Any]:
     class_names = head["class_names"]
     if not all(isinstance(name, str) for name in class_names):
         raise ValueError("class_names are not all text")
+    "".join(class_names).encode()  # half a character is none that can be shown
     if not _is_count(head["num_classes"]) or len(class_names) not in (0, head["num_classes"]):
         raise ValueError(f"num_classes is {head['num_classes']!r}, there are {len(class_names)} names")
     if not _is_sha256(head["fingerprint"]):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import UserError
-from trainer.index import Index
+from trainer.index import Index, ShardStore
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +28,9 @@ class Mixture:
     num_classes: int
 
     @property
-    def store(self) -> None:
-        """The parts are of several stores, which then keep what was used last."""
+    def store(self) -> ShardStore | None:
+        """Where the shards are of the parts that are remote: they share it (``trainer.cache``)."""
+        return next((part.store for part in self.parts if part.store is not None), None)
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -88,13 +89,15 @@ class Mixture:
         return self.parts[part], int(i - self.starts[part])
 
 
-def mix(parts: Sequence[Index], labels: Literal["name", "offset"]) -> Mixture:
+def mix(parts: Sequence[Index], labels: Literal["name", "offset"], part_names: Sequence[str]) -> Mixture:
     """Read several data sets as one: classes of one name are one class, or every set has its own.
 
-    New classes come behind those that are there. Raises UserError if there are no names to match by.
+    New classes come behind those that are there; a set's own begin with its name. Raises UserError if there
+    are no names to match by.
     """
     if labels == "offset":
-        names = tuple(f"{part.folder.name}/{name}" for part in parts for name in part.class_names)
+        parts_and_names = zip(parts, part_names, strict=True)
+        names = tuple(f"{own}/{name}" for part, own in parts_and_names for name in part.class_names)
         starts = np.cumsum([0, *(part.num_classes for part in parts)])
         shifted = [part.labels_N + start for part, start in zip(parts, starts[:-1], strict=True)]
         complete = all(len(part.class_names) == part.num_classes for part in parts)

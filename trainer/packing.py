@@ -80,6 +80,7 @@ def pack(
     try:
         staging.mkdir(parents=True, exist_ok=True)
         with _lock(staging, out):
+            check_free(out, overwrite)  # another process may have finished meanwhile
             _resume(staging, _plan(source, labels_N, seed, samples_per_shard))
             _check_space(source, out)
             prepare_to_write()
@@ -90,6 +91,12 @@ def pack(
         raise UserError(f"{out}: cannot write data shards: {error.strerror or error}") from None
     draw_classes(packed)
     return packed
+
+
+def require_apart(out: Path, root: Path) -> None:
+    """Raise UserError if OUT lies among the images that are packed: the next time it would be one of them."""
+    if root.is_dir() and out.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{out} lies in {root}, of which all is packed; choose a folder outside")
 
 
 def draw_classes(packed: Index) -> None:

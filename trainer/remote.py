@@ -307,23 +307,33 @@ def _cloud_chunks(url: Url, start: int, size: int | None) -> Chunks:
     package = _CLIENTS.get(url.scheme)
     if package is not None and importlib.util.find_spec(package) is None:
         raise _RefusedError(f"{url.scheme}:// needs the package {package} (pip install {package})")
-    import fsspec
-
-    parts = urlsplit(url.secret)
     try:
         # Not fsspec.open: that gives a meaning to more than the scheme.
-        system = fsspec.filesystem(url.scheme)
-        with system.open(f"{parts.netloc}{parts.path}", "rb", cache_type="none") as file:
+        with _file_system(url.scheme).open(url.secret.partition("://")[2], "rb", cache_type="none") as file:
             if size is not None and file.size != size:
                 raise _RefusedError(f"has {file.size} bytes, its index says {size}")
             file.seek(start)
             yield from _steady(iter(lambda: file.read(_CLOUD_CHUNK), b""))
-    except (FileNotFoundError, PermissionError) as error:
+    except FileNotFoundError:
+        raise _RefusedError("is not there") from None
+    except PermissionError as error:
         raise _RefusedError(_reason(error)) from None
     except (_RefusedError, _LostError, OSError):
         raise
     except Exception as error:  # the clients have errors of their own
         raise _LostError(_reason(error)) from None
+
+
+def _file_system(scheme: str) -> Any:
+    """Return fsspec's client. That of s3 is told to try once: its 25 attempts would come to six times 25."""
+    import fsspec
+
+    if scheme != "s3":
+        return fsspec.filesystem(scheme)
+    of_user = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    system = fsspec.filesystem("s3", config_kwargs={"retries": {"total_max_attempts": 1}, **of_user})
+    system.retries = 1
+    return system
 
 
 def _pipe_chunks(url: Url, start: int) -> Chunks:

@@ -3,6 +3,7 @@
 An order is a pure function of (seed, epoch, position). It knows nothing of ranks and workers: a global batch
 is a slice of it, and only then cut (``trainer.order``), so none of these orders depends on them::
 
+    PlainOrder       every sample once, as they lie
     ShuffledOrder    every sample once, all of them in random order, or window after window of shards
     BalancedOrder    groups of K samples of one class; the classes of a global micro-batch are distinct
     SharedOrder      groups of samples (classes, or data sets) with a fixed share of every epoch each
@@ -32,6 +33,21 @@ from trainer.order import (
 )
 
 MAX_SORTED = 20_000_000  # above, sorting costs seconds and gigabytes an epoch, on every rank
+
+
+@dataclass(frozen=True)
+class PlainOrder:
+    """Every sample at its own place: one pass over a test set."""
+
+    num_positions: int
+
+    def of_epoch(self, epoch: int) -> EpochOrder:
+        """Return the order of one epoch."""
+        return lambda positions_B: positions_B
+
+    def substitute(self, sample: int, epoch: int, position: int, attempt: int) -> int:
+        """Return the sample itself: nothing takes its place in a test."""
+        return sample
 
 
 @dataclass(frozen=True)

@@ -301,16 +301,16 @@ def webdataset_loader(folder: Path, decode_image: Callable[[Any], Any] | None, s
 
 
 def webdataset_samples(
-    opened: Iterable[dict[str, Any]], shuffle_buffer: int, key: int
+    members: Iterable[dict[str, Any]], shuffle_buffer: int, key: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield the samples of opened tars ("url", "stream") through webdataset's pipeline, members by extension.
+    """Yield the samples of members of tars through webdataset's pipeline, each a mapping by extension.
 
-    ``key`` seeds the shuffling of so many samples.
+    A member is {"fname", "data", "__url__"}, and {} comes after the last one of a tar. ``key`` seeds the
+    shuffling of so many samples.
     """
     import webdataset
 
-    files = webdataset.tariterators.tar_file_expander(opened)
-    samples = webdataset.tariterators.group_by_keys(files)
+    samples = webdataset.tariterators.group_by_keys(members)
     return webdataset.shuffle(shuffle_buffer, initial=shuffle_buffer // 2, rng=random.Random(key))(samples)
 
 

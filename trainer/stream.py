@@ -14,7 +14,6 @@ batches depend on the number of ranks and workers; a run that is resumed goes on
 import io
 import itertools
 import re
-import tarfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from trainer.order import Position, epoch_order, fold
 from trainer.remote import stream
 from trainer.remote_index import fetch_head
 from trainer.shards import expand_braces, webdataset_samples
-from trainer.tars import END_BYTES, IMAGE_EXTENSIONS, require_end
+from trainer.tars import IMAGE_EXTENSIONS, read_tar, require_end
 
 FIELD = "data.train"
 _FOR_STREAM = 4  # see trainer.order: no draw is used twice
@@ -165,42 +164,39 @@ def _samples(shards: Iterable[Path | Url], shuffle_buffer: int, key: int) -> Ite
     """
     current: list[Path | Url] = [Path()]
 
-    def opened() -> Iterator[dict[str, Any]]:
+    def members() -> Iterator[dict[str, Any]]:
         for shard in shards:
             current[0] = shard
-            with _opened(shard) as file:  # not by its name, which webdataset might take for a command
-                yield {"url": str(shard), "stream": file}
-                if isinstance(file.raw, _Arriving):
-                    while file.read(1 << 18):  # what fills up the last blocks
-                        pass
-                    if file.raw.last != bytes(END_BYTES):
-                        raise UserError(f"{shard}: truncated: no end of archive")
+            name = ""
+            with _opened(shard) as file:
+                for name, content in read_tar(file, shard):
+                    yield {"fname": name, "data": content, "__url__": str(shard)}
+            if not name:  # of nothing but such shards one would be read after the other for ever
+                raise UserError(f"{shard}: holds no samples (KEY.png or another image, and KEY.cls)")
+            yield {}  # the end of a shard ends a sample
 
     try:
-        for sample in webdataset_samples(opened(), shuffle_buffer, key):
+        for sample in webdataset_samples(members(), shuffle_buffer, key):
             yield _parts(sample)
-    except UserError as error:  # to whose arguments webdataset adds
-        raise UserError(str(error.args[0]).partition(" @ <")[0]) from None
-    except (tarfile.TarError, ValueError, OSError) as error:
-        raise UserError(
-            f"{current[0]}: truncated or not a tar: {' '.join(str(error.args[0]).split())}"
-        ) from None
+    except ValueError as error:  # webdataset's, of a name that comes twice
+        raise UserError(f"{current[0]}: {ascii(str(error.args[0]))[1:-1]}") from None
 
 
 def _opened(shard: Path | Url) -> io.BufferedReader:
     if isinstance(shard, Url):
         return io.BufferedReader(_Arriving(stream(shard, FIELD)), 1 << 18)
-    require_end(shard)
-    return shard.open("rb")
+    try:
+        return shard.open("rb")
+    except OSError as error:
+        raise UserError(f"{shard}: cannot read: {error.strerror}") from None
 
 
 class _Arriving(io.RawIOBase):
-    """A file of pieces as they come, which knows its last bytes so far."""
+    """A file of pieces as they come."""
 
     def __init__(self, pieces: Generator[bytes, None, None]) -> None:
         self._pieces = pieces
         self._rest = memoryview(b"")
-        self.last = b""
 
     def readable(self) -> bool:
         return True
@@ -210,7 +206,6 @@ class _Arriving(io.RawIOBase):
             self._rest = memoryview(next(filter(None, self._pieces), b""))
         count = min(len(buffer), len(self._rest))
         buffer[:count], self._rest = self._rest[:count], self._rest[count:]
-        self.last = (self.last + bytes(buffer[max(0, count - END_BYTES) : count]))[-END_BYTES:]
         return count
 
     def close(self) -> None:

@@ -7,11 +7,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from trainer.errors import UserError
+from trainer.pixels import FORMATS, check_size, flatten
 
 COPIED = ("png", "jpg", "jpeg", "webp")
 RECODED = ("bmp", "dib", "pgm", "ppm", "pbm", "pnm", "gif", "tif", "tiff")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # those that training decodes
-MAX_PIXELS = 1 << 26  # as training has it: a small file can claim to be an image that fills the memory
 JPEG_QUALITY = 95  # where an image must be encoded again and nobody says how
 
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
@@ -44,16 +43,16 @@ def recode(
     """Scale an image down to ``shorter_side`` pixels, or encode it as JPEG, or both; never enlarge.
 
     Without a quality, PNG stays PNG and the rest becomes JPEG of quality 95; an image that is small enough is
-    copied. What is transparent loses its transparency. Raises ValueError in one line.
+    copied. It gets the 8 bits, and the white paper behind it, that training would have given it. Raises
+    ValueError in one line.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
             too_large = shorter_side is not None and min(image.size) > shorter_side
             if not too_large and jpeg_quality is None:
                 return content, extension
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"pixels of mode {image.mode} have more than 8 bits: not scaled, not JPEG")
-            pixels = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+            is_grey = image.mode.startswith(("1", "L", "I"))
+            pixels = flatten(image).convert("L" if is_grey else "RGB")
     except UnidentifiedImageError:
         raise ValueError("cannot decode: not an image") from None
     except Exception as error:  # PIL raises nearly anything on broken bytes
@@ -72,9 +71,9 @@ def flaw(content: bytes) -> str | None:
     """Return why an image cannot be trained on, in one line; None if it decodes to its last row."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return f"{image.width} x {image.height} pixels are above the limit of {MAX_PIXELS}"
+            check_size(image.width, image.height)
             image.load()
+            flatten(image)
     except UnidentifiedImageError:
         return f"cannot decode: not one of {', '.join(FORMATS)}"
     except Exception as error:  # PIL raises nearly anything on broken bytes

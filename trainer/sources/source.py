@@ -51,6 +51,8 @@ class Source:
 def labels_of(source: Source) -> NDArray[np.int64]:
     """Return the label of every sample: the index of its class in ``class_names``."""
     label_of = {name: label for label, name in enumerate(source.class_names)}
+    if not_text := [name for name in label_of if any("\ud800" <= c <= "\udfff" for c in name)]:
+        raise UserError(f"class {not_text[0]!a} has a name that is not UTF-8; rename it")
     return np.array([label_of[name] for name in source.classes], dtype=np.int64)
 
 
