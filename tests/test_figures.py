@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from trainer import figures
+from trainer import canvas, figures, rays
 from trainer.errors import UserError
 from trainer.metrics import intra_inter_cosine, verification
 
@@ -37,7 +37,7 @@ def texts(figure: Figure) -> list[str]:
 
 def test_scatter_shows_every_point_and_one_ray_per_class_in_two_dimensions() -> None:
     embeddings_ND, labels_N = make_embeddings(300, 4, 2)
-    figure = figures.feature_scatter(embeddings_ND, labels_N, ["a", "b", "c", "d"], "Faces")
+    figure = rays.feature_scatter(embeddings_ND, labels_N, ["a", "b", "c", "d"], "Faces")
     axes = figure.axes[0]
     np.testing.assert_allclose(axes.collections[0].get_offsets(), embeddings_ND.numpy(), rtol=1e-6)
     assert len({tuple(colour) for colour in axes.collections[0].get_facecolors()}) == 4
@@ -58,7 +58,7 @@ def test_scatter_shows_every_point_and_one_ray_per_class_in_two_dimensions() -> 
 
 def test_three_dimensions_are_drawn_within_the_sphere_of_the_longest_embedding() -> None:
     embeddings_ND, labels_N = make_embeddings(200, 10, 3)
-    figure = figures.feature_scatter(embeddings_ND, labels_N)
+    figure = rays.feature_scatter(embeddings_ND, labels_N)
     axes = figure.axes[0]
     radius = float(embeddings_ND.norm(dim=1).max())
     assert axes.get_xlim() == axes.get_ylim() == axes.get_zlim() == pytest.approx((-radius, radius))
@@ -69,18 +69,18 @@ def test_three_dimensions_are_drawn_within_the_sphere_of_the_longest_embedding()
 
 def test_the_view_keeps_rays_apart() -> None:
     rays_KD = np.array([[0.0, 1, 0], [0, -1, 0], [1, 0, 0], [1, 0, 1]])
-    elevation, azimuth = figures._best_view(dict(enumerate(rays_KD)))
+    elevation, azimuth = rays._best_view(dict(enumerate(rays_KD)))
     e, a = np.deg2rad([elevation, azimuth])
     to_viewer = np.array([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)])
     for ray in rays_KD:  # none points at the viewer or away
         assert abs(ray @ to_viewer) < 0.9 * np.linalg.norm(ray)
-    np.testing.assert_allclose(figures._screen(elevation, azimuth).T @ to_viewer, 0, atol=1e-12)
+    np.testing.assert_allclose(rays._screen(elevation, azimuth).T @ to_viewer, 0, atol=1e-12)
 
 
 def test_panels_share_colours_and_legend_even_if_one_lacks_a_class() -> None:
     embeddings_ND, labels_N = make_embeddings(90, 3, 3)
     some_N = labels_N != 0
-    figure = figures.feature_scatter_pair(
+    figure = rays.feature_scatter_pair(
         {"COCO": (embeddings_ND, labels_N), "softmax": (embeddings_ND[some_N], labels_N[some_N])}
     )
     assert [axes.get_title().split("\n")[0] for axes in figure.axes] == ["COCO", "softmax"]
@@ -90,13 +90,13 @@ def test_panels_share_colours_and_legend_even_if_one_lacks_a_class() -> None:
 
 
 def test_scatter_of_a_large_set_draws_at_most_five_thousand_points() -> None:
-    axes = figures.feature_scatter(*make_embeddings(10_001, 3, 2)).axes[0]
+    axes = rays.feature_scatter(*make_embeddings(10_001, 3, 2)).axes[0]
     assert 3000 < len(axes.collections[0].get_offsets()) <= 5000
 
 
 def test_scatter_refuses_other_dimensions() -> None:
     with pytest.raises(UserError, match=r"2 or 3 dimensions can be drawn, not \[6, 5\]"):
-        figures.feature_scatter(*make_embeddings(6, 2, 5))
+        rays.feature_scatter(*make_embeddings(6, 2, 5))
 
 
 def test_histogram_shows_densities_and_means_of_all_pairs() -> None:
@@ -171,8 +171,8 @@ def test_same_input_gives_same_bytes_from_any_thread_and_leaves_nothing_else(tmp
     contents: list[bytes] = []
 
     def draw(name: str) -> None:
-        figure = figures.feature_scatter(*make_embeddings(100, 10, 3), title="Faces")
-        contents.append(figures.save(figure, tmp_path / "new" / "folder" / name).read_bytes())
+        figure = rays.feature_scatter(*make_embeddings(100, 10, 3), title="Faces")
+        contents.append(canvas.save(figure, tmp_path / "new" / "folder" / name).read_bytes())
 
     draw("a.png")
     thread = threading.Thread(target=draw, args=("b.png",))
@@ -197,10 +197,10 @@ def test_a_failed_save_keeps_the_old_file_and_leaves_no_rest(tmp_path: Path, mon
 
     monkeypatch.setattr(figure, "savefig", write_half_and_fail)
     with pytest.raises(OSError, match="No space"):
-        figures.save(figure, path)
+        canvas.save(figure, path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"loss.png": b"old"}
     with pytest.raises(UserError, match=r"PNG files, not .*loss\.svg"):
-        figures.save(figure, tmp_path / "loss.svg")
+        canvas.save(figure, tmp_path / "loss.svg")
 
 
 def test_class_sizes_are_bars_of_few_classes_and_a_histogram_of_many() -> None:

@@ -13,12 +13,13 @@ from sklearn.metrics import confusion_matrix
 from sklearn.neighbors import NearestCentroid
 
 from trainer.errors import UserError
-from trainer.metrics import ALONE, verification
+from trainer.metrics import verification
 from trainer.protocols.bootstrap import interval, mean_interval
 from trainer.protocols.closed_set import class_means, closed_set
 from trainer.protocols.few_shot import few_shot
 from trainer.protocols.open_set import BINS_OF_ONE, all_pairs
 from trainer.protocols.persons import Album, accuracy, best_weights, weight_grid
+from trainer.tiles import ALONE
 
 every_world = pytest.mark.parametrize("world", [1, 2, 3])
 

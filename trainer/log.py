@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.address import without_credentials
+from trainer.canvas import save as save_figure
 from trainer.config import Config, to_dict
-from trainer.figures import save as save_figure
 from trainer.options import dump
 
 log = logging.getLogger("trainer")

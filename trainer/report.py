@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from trainer import figures, page
+from trainer import canvas, figures, page, rays
 from trainer.augment import build_eval_transform
 from trainer.backbone import image_size_of
 from trainer.cache import open_data_set
@@ -202,7 +202,7 @@ def _strip(query: int, features_ND: Tensor, labels_N: Tensor, show: Any) -> list
 def _map(result: SetResult) -> Html:
     """Draw a set in the plane: its own 2 or 3 dimensions, or its principal axes and, if small, t-SNE."""
     if result.embeddings_ND.shape[1] <= 3:
-        scatter = figures.feature_scatter(
+        scatter = rays.feature_scatter(
             result.embeddings_ND, result.labels_N, result.class_names or None, result.name
         )
         content = io.BytesIO()
@@ -325,4 +325,4 @@ def _thumbnail(index: Index, i: int, config: Config, text: str, mark: str = "") 
 
 
 def _svg(figure: Figure) -> Html:
-    return Html(figures.as_svg(figure))
+    return Html(canvas.as_svg(figure))

@@ -20,6 +20,7 @@ from trainer.errors import UserError
 from trainer.protocols import open_set
 from trainer.protocols import pairs as listed
 from trainer.protocols.bootstrap import interval, mean_interval
+from trainer.roc import equal_error_rate
 
 EXACT_UP_TO = 20_000
 """Images up to which all pairs are compared to the last bit; above, to one bin of a histogram."""
@@ -85,7 +86,7 @@ def _of_pairs(bench: Bench, cosines_P: NDArray, pairs: listed.Pairs, identities_
     yield from with_interval("accuracy_all", lambda w: listed.best_accuracy(cosines_P, same_P, w))
     found = listed.curve(cosines_P, same_P, bench.config.fars or FARS)
     yield from with_interval("auc", lambda w: float(np.trapezoid(*roc(w)[::-1])))
-    yield from with_interval("eer", lambda w: metrics.equal_error_rate(*roc(w)))
+    yield from with_interval("eer", lambda w: equal_error_rate(*roc(w)))
     for name, _ in bench.rates(found):
         far = float(name.rpartition("=")[2])
         yield from with_interval(name, partial(listed.weighted_tar, cosines_P, same_P, far))

@@ -18,18 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.metrics import (
-    ALONE,
-    Images,
-    Sharing,
-    Verification,
-    blocks,
-    by_class,
-    count_pairs,
-    curve_of_counts,
-    overlap,
-    share,
-)
+from trainer.roc import Verification, curve_of_counts
+from trainer.tiles import ALONE, Images, Sharing, blocks, by_class, count_pairs, overlap, share
 
 BINS_OF_ONE = 2**14
 """Bins of a cosine interval of length 1; the width of a bin is 1 / BINS_OF_ONE."""
