@@ -136,12 +136,13 @@ def test_roc_draws_the_curve_and_names_its_numbers() -> None:
     assert (axes.get_xscale(), axes.get_xlim()) == ("log", (1e-4, 1))
     assert texts(figure) == [
         f"big: AUC {result.auc:.5f}, TAR {100 * result.tar_at_far[1e-3]:.2f} % at FAR 1e-3",
-        f"small: AUC {few.auc:.5f}, TAR n/a at FAR 1e-3",
+        f"small: AUC {few.auc:.5f}, TAR {100 * few.tar_at_far[1e-1]:.2f} % at FAR 1e-1",
         "chance",
     ]
     far, tar = axes.lines[1].get_data()
-    assert far[0] >= 10 / result.num_impostor
-    np.testing.assert_array_equal(tar, result.tar[result.far >= 10 / result.num_impostor])
+    assert far[0] == 10 / result.num_impostor
+    np.testing.assert_array_equal(tar[1:], result.tar[result.far >= 10 / result.num_impostor])
+    assert tar[0] == np.interp(far[0], result.far, result.tar)
 
 
 def test_cmc_draws_every_rank_and_names_the_ends() -> None:
@@ -155,15 +156,16 @@ def test_cmc_draws_every_rank_and_names_the_ends() -> None:
     assert axes.lines[0].get_label() == "a: 50.00 % at rank 1, 90.00 % at rank 3"
 
 
-def test_loss_curve_shows_every_value_and_its_running_mean() -> None:
-    points = [(step, 5.0 / step) for step in range(1, 201)]
-    axes = figures.loss_curve({"COCO": points, "short": [(7, 1.5)]}).axes[0]
-    raw, smooth = axes.lines[0].get_ydata(), axes.lines[1].get_ydata()
-    np.testing.assert_array_equal(raw, [loss for _, loss in points])
-    np.testing.assert_allclose(smooth, [np.mean(raw[max(0, i - 3) : i + 1]) for i in range(200)], rtol=1e-12)
-    assert texts(axes.figure) == [f"COCO: {smooth[-1]:.4g} at step 200", "short: 1.5 at step 7"]
-    with pytest.raises(UserError, match="empty: there is no loss"):
-        figures.loss_curve({"empty": []})
+def test_a_small_curve_marks_few_values_and_names_them_on_a_logarithmic_axis() -> None:
+    figure = figures.small_curve("train/loss", [1, 2, 3], [0.9, 2.0, 3.1], logarithmic=True)
+    axes = figure.axes[0]
+    assert axes.get_yscale() == "log"
+    assert axes.lines[0].get_marker() == "o"
+    figure.draw_without_rendering()
+    inside = [label.get_text() for label in axes.get_yticklabels() if 0.9 <= label.get_position()[1] <= 3.1]
+    assert inside == ["1", "2"]
+    many = figures.small_curve("x", range(100), range(100), logarithmic=False).axes[0]
+    assert many.lines[0].get_marker() == "None"
 
 
 def test_same_input_gives_same_bytes_from_any_thread_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -189,7 +191,7 @@ def test_same_input_gives_same_bytes_from_any_thread_and_leaves_nothing_else(tmp
 def test_a_failed_save_keeps_the_old_file_and_leaves_no_rest(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "loss.png"
     path.write_bytes(b"old")
-    figure = figures.loss_curve({"COCO": [(1, 2.0)]})
+    figure = figures.small_curve("loss", [1], [2.0], logarithmic=False)
 
     def write_half_and_fail(target: Path, **_: object) -> None:
         target.write_bytes(b"half")

@@ -26,6 +26,7 @@ level 5
     state           all that changes while training: built, saved, restored
     preflight       before renting hours: are all hosts alike, healthy and connected?
     class_means     the mean feature of every class in one pass: where a centroid best begins
+    gallery         the images of a report: hardest pairs, nearest neighbours, examples of classes
     trained         a trained model as it lies on disk: backbone, rows, names of the classes
 level 4
     saving          checkpoints written by all ranks together: whole or absent, behind training if asked
@@ -104,6 +105,7 @@ level 0
     schedule        the learning rate by step
     regions         the parts of a person around the head, as they are cut out
     roc             the ROC curve from counts of pairs by score, and its figures
+    captions        what the reader of a report is told of every picture and figure
     page            the page of a report: HTML and CSS in one file, for light and dark
     address         where a data set is: a folder, or a URL shown without its credentials
     errors          the one error that is the user's to mend

@@ -71,7 +71,7 @@ def as_svg(figure: Figure) -> str:
     """
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
-        figure.savefig(text, format="svg", transparent=True, dpi=150, metadata={"Date": None})
+        figure.savefig(text, format="svg", transparent=True, dpi=220, metadata={"Date": None})
     svg = text.getvalue()
     before, _, after = svg[svg.index("<svg") :].partition("<metadata>")
     svg = before + after.partition("</metadata>")[2]

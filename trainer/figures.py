@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from trainer.canvas import INK, colours_of, new_axes, new_figure
@@ -18,6 +18,8 @@ from trainer.roc import Verification
 HISTOGRAM_IMAGES = 4000  # 8 million pairs, 64 MB
 HISTOGRAM_CLASSES = 200  # so that a subset holds at least 20 images of a class, and thus genuine pairs
 BAR_CLASSES = 40
+LEGEND_CLASSES = 20
+FEW_VALUES = 12  # a curve of so few shows each
 LOWEST_FAR = 1e-4
 
 
@@ -27,11 +29,11 @@ def cosine_histogram(features_ND: Tensor, labels_N: Tensor, title: str) -> Figur
     Takes unit features. All pairs of up to 4000 images are drawn; a larger set is represented by the first
     few images of each of up to 200 classes. The title says how many.
     """
-    chosen_N = _subset(labels_N)
+    chosen_N = subset(labels_N)
     features_ND, shown_N = features_ND[chosen_N].float().cpu(), labels_N[chosen_N].cpu()
     cosines_NN, pair_NN = features_ND @ features_ND.T, torch.ones(len(shown_N), len(shown_N)).triu(1).bool()
     same_NN = shown_N[:, None] == shown_N
-    figure = new_figure(8, 4.6)
+    figure = new_figure(6.4, 4.6)
     axes = new_axes(figure, "cosine", "density (square-root scale)")  # a narrow peak would flatten the rest
     axes.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))
     edges = np.linspace(-1, 1, 161)
@@ -50,7 +52,7 @@ def cosine_histogram(features_ND: Tensor, labels_N: Tensor, title: str) -> Figur
     axes.set_xlim(-1.02, 1.02)
     axes.set_ylim(bottom=0)
     what = "all pairs of" if len(shown_N) == len(labels_N) else f"all pairs of {len(shown_N):,} out of"
-    axes.set_title(f"{title} ({what} {len(labels_N):,} images)", fontsize=13, color=INK, pad=10)
+    axes.set_title(f"{title} ({what} {len(labels_N):,} images)", fontsize=11, color=INK, pad=10)
     figure.legend(loc="outside lower center", frameon=False)
     return figure
 
@@ -60,16 +62,20 @@ def roc(curves: Mapping[str, Verification]) -> Figure:
 
     Where fewer than ten impostor pairs are accepted, the curve says little and is drawn thin.
     """
-    figure = new_figure(8, 5.4)
-    axes = new_axes(figure, "false accept rate (FAR)", "true accept rate (TAR)")
+    figure = new_figure(6.4, 4.6)
+    axes = new_axes(figure, "false accept rate (FAR), logarithmic", "true accept rate (TAR)")
     lowest = 1.0
     for (name, result), colour in zip(curves.items(), colours_of(len(curves)), strict=True):
-        tar = f"{100 * result.tar_at_far[1e-3]:.2f} %" if 1e-3 in result.tar_at_far else "n/a"
-        label = f"{name}: AUC {result.auc:.5f}, TAR {tar} at FAR 1e-3"
-        far = result.far.clip(LOWEST_FAR / 10)  # a logarithmic axis has no 0
-        supported = 10 / result.num_impostor
-        axes.plot(far, result.tar, linewidth=0.8, alpha=0.5, color=colour)
-        axes.plot(far[far >= supported], result.tar[far >= supported], linewidth=2, color=colour, label=label)
+        label = f"{name}: AUC {result.auc:.5f}"
+        if result.tar_at_far:
+            far, tar = min(result.tar_at_far.items(), key=lambda rate: abs(np.log10(rate[0]) + 3))
+            label += f", TAR {100 * tar:.2f} % at FAR 1e{np.log10(far):.0f}"
+        far_V = result.far.clip(LOWEST_FAR / 10)  # a logarithmic axis has no 0
+        axes.plot(far_V, result.tar, linewidth=0.8, alpha=0.5, color=colour)
+        supported = min(1.0, 10 / result.num_impostor)
+        far_V, first = far_V[far_V >= supported], np.interp(supported, result.far, result.tar)
+        tar_V = np.append(first, result.tar[result.far >= supported])
+        axes.plot(np.append(supported, far_V), tar_V, linewidth=2, color=colour, label=label)
         lowest = min(lowest, float(np.interp(LOWEST_FAR, result.far, result.tar)))
     chance = np.geomspace(LOWEST_FAR, 1, 200)
     axes.plot(chance, chance, linestyle=":", linewidth=1.2, color="tab:gray", label="chance")
@@ -84,7 +90,7 @@ def roc(curves: Mapping[str, Verification]) -> Figure:
 
 def cmc(curves: Mapping[str, Sequence[float]]) -> Figure:
     """Draw the fractions of searches that find the right class among the 1, 2, 3, ... nearest (CMC)."""
-    figure = new_figure(8, 5.4)
+    figure = new_figure(6.4, 4.6)
     axes = new_axes(figure, "rank k (logarithmic)", "found among the k nearest")
     for (name, found), colour in zip(curves.items(), colours_of(len(curves)), strict=True):
         label = f"{name}: {100 * found[0]:.2f} % at rank 1, {100 * found[-1]:.2f} % at rank {len(found)}"
@@ -100,36 +106,18 @@ def cmc(curves: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
-def loss_curve(metrics: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
-    """Draw (step, loss) of one or several runs: every value thin, its running mean over 2 % of them thick."""
-    figure = new_figure(8, 4.6)
-    axes = new_axes(figure, "step", "loss")
-    for (name, points), colour in zip(metrics.items(), colours_of(len(metrics)), strict=True):
-        if not points:
-            raise UserError(f"{name}: there is no loss to draw")
-        steps, losses = np.array(points, dtype=np.float64).T
-        window = max(1, len(losses) // 50)
-        sums = np.concatenate([[0], losses.cumsum()])
-        first = np.maximum(np.arange(1, len(losses) + 1) - window, 0)
-        means = (sums[1:] - sums[first]) / (np.arange(1, len(losses) + 1) - first)
-        axes.plot(steps, losses, linewidth=0.8, alpha=0.3, color=colour)
-        axes.plot(
-            steps, means, linewidth=2, color=colour, label=f"{name}: {means[-1]:.4g} at step {steps[-1]:,.0f}"
-        )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.margins(x=0.01)
-    axes.set_title("Training loss", fontsize=13, color=INK, pad=10)
-    axes.legend(loc="upper right", frameon=False)
-    return figure
-
-
 def small_curve(name: str, steps: Sequence[int], values: Sequence[float], *, logarithmic: bool) -> Figure:
     """Draw one metric of a run over its steps, small enough to stand beside others."""
-    figure = new_figure(4.2, 2.5)
-    axes = new_axes(figure, "", "")
-    axes.plot(steps, values, linewidth=1.6, color="tab:blue", marker="o" if len(values) == 1 else None)
+    figure = new_figure(4.2, 2.6)
+    axes = new_axes(figure, "step", "")
+    marker = "o" if len(values) <= FEW_VALUES else None
+    axes.plot(steps, values, linewidth=1.6, color="tab:blue", marker=marker, markersize=4)
     if logarithmic:
         axes.set_yscale("log")
+        decades = np.log10(max(values) / min(values))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.margins(x=0.01)
     axes.set_title(name, fontsize=11, color=INK, loc="left")
@@ -175,8 +163,13 @@ def class_sizes(labels_N: np.ndarray, class_names: Sequence[str], title: str) ->
     return figure
 
 
-def embedding_map(points_N2: np.ndarray, labels_N: Tensor, title: str) -> Figure:
-    """Draw a map of embeddings in the plane, coloured by class; near points are meant to look alike."""
+def embedding_map(
+    points_N2: np.ndarray, labels_N: Tensor, title: str, class_names: Sequence[str] = ()
+) -> Figure:
+    """Draw a map of embeddings in the plane, coloured by class; near points are meant to look alike.
+
+    Up to 20 classes are named beside it.
+    """
     figure = new_figure(6.4, 5.6)
     axes = new_axes(figure, "", "")
     classes, places_N = np.unique(labels_N.numpy(), return_inverse=True)
@@ -187,6 +180,10 @@ def embedding_map(points_N2: np.ndarray, labels_N: Tensor, title: str) -> Figure
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     axes.set_title(title, fontsize=11, color=INK, loc="left")
+    if len(classes) <= LEGEND_CLASSES:
+        for label, colour in zip(classes.tolist(), colours, strict=True):
+            axes.scatter([], [], color=colour, label=class_names[label] if class_names else str(label))
+        figure.legend(loc="outside lower center", ncols=5, frameon=False, columnspacing=1, handletextpad=0.2)
     return figure
 
 
@@ -220,8 +217,11 @@ def _whole_edges(lowest: int, highest: int, logarithmic: bool) -> np.ndarray:
     return np.arange(lowest, highest + width + 1, width) - 0.5
 
 
-def _subset(labels_N: Tensor) -> Tensor:
-    """Choose at most 4000 images: the first few of each class, or of each of 200 evenly spaced classes."""
+def subset(labels_N: Tensor) -> Tensor:
+    """Choose the places of at most 4000 images.
+
+    They are the first few of each class, or of each of 200 evenly spaced classes.
+    """
     if len(labels_N) <= HISTOGRAM_IMAGES:
         return torch.arange(len(labels_N))
     labels_N = labels_N.cpu()

@@ -101,6 +101,11 @@ class RunLog:
             content = {f"tables/{name}": wandb.Table(columns=columns, data=rows)}
             _never_stop(lambda: self._wandb.log(content, step=step))
 
+    def page(self, path: Path, step: int) -> None:
+        """Show a page that needs no other file in W&B, as ``report``."""
+        if self._wandb is not None:
+            _never_stop(lambda: self._wandb.log({path.stem: wandb.Html(path.read_text())}, step=step))
+
     def embeddings(self, name: str, embeddings_ND: Tensor, labels_N: Tensor, step: int) -> None:
         """Save the embeddings of a test set at this step."""
         if self.is_main:

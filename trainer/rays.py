@@ -65,7 +65,12 @@ def feature_scatter_pair(
         else:
             axes = _new_globe(figure, number * width, width, points_ND, view or _best_view(rays))
         marks = axes.scatter(
-            *points_ND.T, c=[colours[i] for i in shown_N.tolist()], s=6, alpha=0.45, linewidths=0
+            *points_ND.T,
+            c=[colours[i] for i in shown_N.tolist()],
+            s=6,
+            alpha=0.45,
+            linewidths=0,
+            rasterized=True,
         )
         if points_ND.shape[1] == 3:
             marks.set_depthshade(False)  # it fades the far half of the points to nothing
