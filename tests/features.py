@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.metrics import Sharing
+from trainer.tiles import Sharing
 
 
 def make_features(

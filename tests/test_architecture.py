@@ -31,7 +31,7 @@ DOORS = {
     "wandb": {"log"},
     "pydantic": {"config"},
     "yaml": {"options"},
-    "matplotlib": {"figures", "pictures"},
+    "matplotlib": {"canvas", "figures", "pictures", "rays"},
     "torch.distributed": {"collectives", "distributed"},
 }
 # Names of types that other modules may import through a door, to say what they take and return.

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from trainer import figures
+from trainer import canvas, figures, rays
 from trainer.errors import UserError
 from trainer.metrics import intra_inter_cosine, verification
 
@@ -37,7 +37,7 @@ def texts(figure: Figure) -> list[str]:
 
 def test_scatter_shows_every_point_and_one_ray_per_class_in_two_dimensions() -> None:
     embeddings_ND, labels_N = make_embeddings(300, 4, 2)
-    figure = figures.feature_scatter(embeddings_ND, labels_N, ["a", "b", "c", "d"], "Faces")
+    figure = rays.feature_scatter(embeddings_ND, labels_N, ["a", "b", "c", "d"], "Faces")
     axes = figure.axes[0]
     np.testing.assert_allclose(axes.collections[0].get_offsets(), embeddings_ND.numpy(), rtol=1e-6)
     assert len({tuple(colour) for colour in axes.collections[0].get_facecolors()}) == 4
@@ -58,7 +58,7 @@ def test_scatter_shows_every_point_and_one_ray_per_class_in_two_dimensions() -> 
 
 def test_three_dimensions_are_drawn_within_the_sphere_of_the_longest_embedding() -> None:
     embeddings_ND, labels_N = make_embeddings(200, 10, 3)
-    figure = figures.feature_scatter(embeddings_ND, labels_N)
+    figure = rays.feature_scatter(embeddings_ND, labels_N)
     axes = figure.axes[0]
     radius = float(embeddings_ND.norm(dim=1).max())
     assert axes.get_xlim() == axes.get_ylim() == axes.get_zlim() == pytest.approx((-radius, radius))
@@ -69,18 +69,18 @@ def test_three_dimensions_are_drawn_within_the_sphere_of_the_longest_embedding()
 
 def test_the_view_keeps_rays_apart() -> None:
     rays_KD = np.array([[0.0, 1, 0], [0, -1, 0], [1, 0, 0], [1, 0, 1]])
-    elevation, azimuth = figures._best_view(dict(enumerate(rays_KD)))
+    elevation, azimuth = rays._best_view(dict(enumerate(rays_KD)))
     e, a = np.deg2rad([elevation, azimuth])
     to_viewer = np.array([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)])
     for ray in rays_KD:  # none points at the viewer or away
         assert abs(ray @ to_viewer) < 0.9 * np.linalg.norm(ray)
-    np.testing.assert_allclose(figures._screen(elevation, azimuth).T @ to_viewer, 0, atol=1e-12)
+    np.testing.assert_allclose(rays._screen(elevation, azimuth).T @ to_viewer, 0, atol=1e-12)
 
 
 def test_panels_share_colours_and_legend_even_if_one_lacks_a_class() -> None:
     embeddings_ND, labels_N = make_embeddings(90, 3, 3)
     some_N = labels_N != 0
-    figure = figures.feature_scatter_pair(
+    figure = rays.feature_scatter_pair(
         {"COCO": (embeddings_ND, labels_N), "softmax": (embeddings_ND[some_N], labels_N[some_N])}
     )
     assert [axes.get_title().split("\n")[0] for axes in figure.axes] == ["COCO", "softmax"]
@@ -90,13 +90,13 @@ def test_panels_share_colours_and_legend_even_if_one_lacks_a_class() -> None:
 
 
 def test_scatter_of_a_large_set_draws_at_most_five_thousand_points() -> None:
-    axes = figures.feature_scatter(*make_embeddings(10_001, 3, 2)).axes[0]
+    axes = rays.feature_scatter(*make_embeddings(10_001, 3, 2)).axes[0]
     assert 3000 < len(axes.collections[0].get_offsets()) <= 5000
 
 
 def test_scatter_refuses_other_dimensions() -> None:
     with pytest.raises(UserError, match=r"2 or 3 dimensions can be drawn, not \[6, 5\]"):
-        figures.feature_scatter(*make_embeddings(6, 2, 5))
+        rays.feature_scatter(*make_embeddings(6, 2, 5))
 
 
 def test_histogram_shows_densities_and_means_of_all_pairs() -> None:
@@ -136,12 +136,13 @@ def test_roc_draws_the_curve_and_names_its_numbers() -> None:
     assert (axes.get_xscale(), axes.get_xlim()) == ("log", (1e-4, 1))
     assert texts(figure) == [
         f"big: AUC {result.auc:.5f}, TAR {100 * result.tar_at_far[1e-3]:.2f} % at FAR 1e-3",
-        f"small: AUC {few.auc:.5f}, TAR n/a at FAR 1e-3",
+        f"small: AUC {few.auc:.5f}, TAR {100 * few.tar_at_far[1e-1]:.2f} % at FAR 1e-1",
         "chance",
     ]
     far, tar = axes.lines[1].get_data()
-    assert far[0] >= 10 / result.num_impostor
-    np.testing.assert_array_equal(tar, result.tar[result.far >= 10 / result.num_impostor])
+    assert far[0] == 10 / result.num_impostor
+    np.testing.assert_array_equal(tar[1:], result.tar[result.far >= 10 / result.num_impostor])
+    assert tar[0] == np.interp(far[0], result.far, result.tar)
 
 
 def test_cmc_draws_every_rank_and_names_the_ends() -> None:
@@ -155,15 +156,16 @@ def test_cmc_draws_every_rank_and_names_the_ends() -> None:
     assert axes.lines[0].get_label() == "a: 50.00 % at rank 1, 90.00 % at rank 3"
 
 
-def test_loss_curve_shows_every_value_and_its_running_mean() -> None:
-    points = [(step, 5.0 / step) for step in range(1, 201)]
-    axes = figures.loss_curve({"COCO": points, "short": [(7, 1.5)]}).axes[0]
-    raw, smooth = axes.lines[0].get_ydata(), axes.lines[1].get_ydata()
-    np.testing.assert_array_equal(raw, [loss for _, loss in points])
-    np.testing.assert_allclose(smooth, [np.mean(raw[max(0, i - 3) : i + 1]) for i in range(200)], rtol=1e-12)
-    assert texts(axes.figure) == [f"COCO: {smooth[-1]:.4g} at step 200", "short: 1.5 at step 7"]
-    with pytest.raises(UserError, match="empty: there is no loss"):
-        figures.loss_curve({"empty": []})
+def test_a_small_curve_marks_few_values_and_names_them_on_a_logarithmic_axis() -> None:
+    figure = figures.small_curve("train/loss", [1, 2, 3], [0.9, 2.0, 3.1], logarithmic=True)
+    axes = figure.axes[0]
+    assert axes.get_yscale() == "log"
+    assert axes.lines[0].get_marker() == "o"
+    figure.draw_without_rendering()
+    inside = [label.get_text() for label in axes.get_yticklabels() if 0.9 <= label.get_position()[1] <= 3.1]
+    assert inside == ["1", "2"]
+    many = figures.small_curve("x", range(100), range(100), logarithmic=False).axes[0]
+    assert many.lines[0].get_marker() == "None"
 
 
 def test_same_input_gives_same_bytes_from_any_thread_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -171,8 +173,8 @@ def test_same_input_gives_same_bytes_from_any_thread_and_leaves_nothing_else(tmp
     contents: list[bytes] = []
 
     def draw(name: str) -> None:
-        figure = figures.feature_scatter(*make_embeddings(100, 10, 3), title="Faces")
-        contents.append(figures.save(figure, tmp_path / "new" / "folder" / name).read_bytes())
+        figure = rays.feature_scatter(*make_embeddings(100, 10, 3), title="Faces")
+        contents.append(canvas.save(figure, tmp_path / "new" / "folder" / name).read_bytes())
 
     draw("a.png")
     thread = threading.Thread(target=draw, args=("b.png",))
@@ -189,7 +191,7 @@ def test_same_input_gives_same_bytes_from_any_thread_and_leaves_nothing_else(tmp
 def test_a_failed_save_keeps_the_old_file_and_leaves_no_rest(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "loss.png"
     path.write_bytes(b"old")
-    figure = figures.loss_curve({"COCO": [(1, 2.0)]})
+    figure = figures.small_curve("loss", [1], [2.0], logarithmic=False)
 
     def write_half_and_fail(target: Path, **_: object) -> None:
         target.write_bytes(b"half")
@@ -197,10 +199,10 @@ def test_a_failed_save_keeps_the_old_file_and_leaves_no_rest(tmp_path: Path, mon
 
     monkeypatch.setattr(figure, "savefig", write_half_and_fail)
     with pytest.raises(OSError, match="No space"):
-        figures.save(figure, path)
+        canvas.save(figure, path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"loss.png": b"old"}
     with pytest.raises(UserError, match=r"PNG files, not .*loss\.svg"):
-        figures.save(figure, tmp_path / "loss.svg")
+        canvas.save(figure, tmp_path / "loss.svg")
 
 
 def test_class_sizes_are_bars_of_few_classes_and_a_histogram_of_many() -> None:

@@ -287,6 +287,8 @@ def test_wandb_offline_holds_the_metrics_and_goes_on_under_the_same_id(tmp_path,
             run.add({"train/loss": loss, "eval/test/tar@far=1e-3": loss / 2})
             run.write(step)
         run.figure("roc", Figure(), 3)
+        (config.run_folder / "report.html").write_text("<!doctype html><p>all of it</p>")
+        run.page(config.run_folder / "report.html", 3)
     with contextlib.suppress(ZeroDivisionError), open_log(config, start_step=2) as run:
         run.add({"train/loss": 0.25})
         run.write(3)
@@ -311,6 +313,8 @@ def test_wandb_offline_holds_the_metrics_and_goes_on_under_the_same_id(tmp_path,
         assert whole["history"][step]["train/loss"] == loss
         assert whole["history"][step]["eval/test/tar@far=1e-3"] == loss / 2
     assert any(name.startswith("figures/roc") for name in whole["history"][3])
+    [page] = (config.run_folder / "wandb").glob("offline-run-*/files/media/html/report_*.html")
+    assert "<p>all of it</p>" in page.read_text()
     assert failed["history"][3]["train/loss"] == 0.25
     for path in config.run_folder.rglob("*"):
         assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path

@@ -128,4 +128,5 @@ def test_pipa_has_all_its_splits_and_regions(tmp_path: Path) -> None:
         assert found[f"{split}/num_instances"] == 16
         assert sum(found[f"{split}/weight_{name}"] for name in REGIONS) == pytest.approx(1)
         assert 0 < found[f"{split}/accuracy_low"] <= found[f"{split}/accuracy"] <= 1
+        assert found[f"{split}/accuracy_head_low"] <= found[f"{split}/accuracy_head"]
         assert found[f"{split}/accuracy"] <= found[f"{split}/accuracy_high"]

@@ -10,7 +10,6 @@ import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from trainer.errors import UserError
-from trainer.metrics import equal_error_rate
 from trainer.protocols.pairs import (
     NO_FOLD,
     best_accuracy,
@@ -20,6 +19,7 @@ from trainer.protocols.pairs import (
     weighted_roc,
     weighted_tar,
 )
+from trainer.roc import equal_error_rate
 
 
 def make_scores(

@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 import torch
 from features import FakeWorld, make_features, make_tied_features
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics import confusion_matrix, roc_auc_score, roc_curve
 from sklearn.neighbors import NearestCentroid
 
 from trainer.errors import UserError
-from trainer.metrics import ALONE, verification
-from trainer.protocols.bootstrap import interval, mean_interval
+from trainer.metrics import verification
+from trainer.protocols.bootstrap import draws, interval, mean_interval
 from trainer.protocols.closed_set import class_means, closed_set
+from trainer.protocols.drawn_pairs import drawn_intervals
 from trainer.protocols.few_shot import few_shot
 from trainer.protocols.open_set import BINS_OF_ONE, all_pairs
 from trainer.protocols.persons import Album, accuracy, best_weights, weight_grid
+from trainer.tiles import ALONE
 
 every_world = pytest.mark.parametrize("world", [1, 2, 3])
 
@@ -260,3 +262,47 @@ def test_images_of_one_identity_are_drawn_together() -> None:
 def test_draws_without_a_value_are_left_out() -> None:
     low, high = interval(lambda counts_K: float(counts_K[0]) if counts_K[0] else float("nan"), 3, 200)
     assert (low >= 1, high <= 3) == (True, True)
+
+
+def drawn_by_brute_force(features_ND, labels_N, num_groups: int, resamples: int) -> dict[str, np.ndarray]:
+    """Weigh every pair by how often its two identities were drawn; a group of identities is drawn as one."""
+    i, j = np.triu_indices(len(labels_N), 1)
+    scores_P = np.floor((features_ND.double() @ features_ND.double().T).numpy()[i, j] * BINS_OF_ONE)
+    identity_N = np.unique(labels_N.numpy(), return_inverse=True)[1]
+    same_P = identity_N[i] == identity_N[j]
+    group_N = identity_N % num_groups
+    rows = []
+    for counts_G in draws(group_N.max() + 1, resamples):
+        count_N = counts_G[group_N]
+        weight_P = np.where(same_P, count_N[i], count_N[i] * count_N[j])
+        far_V, tar_V, _ = roc_curve(same_P, scores_P, sample_weight=weight_P, drop_intermediate=False)
+        dense = np.linspace(0, 1, 200_001)
+        eer = dense[np.abs(np.interp(dense, far_V, tar_V) + dense - 1).argmin()]
+        auc = roc_auc_score(same_P, scores_P, sample_weight=weight_P)
+        rows.append((auc, ((tar_V + 1 - far_V) / 2).max(), eer))
+    names = ("auc", "best_accuracy", "eer")
+    return {n: np.quantile(v, [0.025, 0.975]) for n, v in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+@pytest.mark.parametrize(("world", "groups"), [(1, 100), (3, 100), (2, 4)])
+def test_intervals_over_all_pairs_equal_brute_force(world: int, groups: int) -> None:
+    features_ND, labels_N = make_features(60, 9, 256, 4.0)
+    features_ND = features_ND.sign() / 16  # of unit length; cosines are multiples of 1/128, exactly
+    features_ND[0] = 0  # has no direction
+    curve = all_pairs(features_ND, labels_N)
+    expected = drawn_by_brute_force(features_ND, 3 * labels_N, groups, 25)
+    for found in FakeWorld(world).share(
+        lambda sharing: drawn_intervals(features_ND, 3 * labels_N, curve, 25, sharing, groups)
+    ):
+        assert list(found) == list(expected)
+        for name, bounds in expected.items():
+            assert found[name] == pytest.approx(tuple(bounds), abs=1e-5 if name == "eer" else 1e-9), name
+
+
+def test_intervals_of_many_scores_need_no_more_bins() -> None:
+    """More distinct genuine scores than bins: the curve is drawn through some of them."""
+    features_ND, labels_N = make_features(300, 12, 8, 1.0)
+    expected = drawn_by_brute_force(features_ND, labels_N, 100, 10)
+    found = drawn_intervals(features_ND, labels_N, verification(features_ND, labels_N), 10)
+    for name, bounds in expected.items():
+        assert found[name] == pytest.approx(tuple(bounds), abs=1e-3), name

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from small_run import make_run, pack_photos
 
-from trainer import hardpairs, page
+from trainer import hardpairs, page, report
 from trainer.errors import UserError
 from trainer.hardpairs import hardest_pairs
 from trainer.report import report as write
@@ -46,9 +46,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = pack_photos(root, "data", {"ant <b>": 4, "bee": 5, "cat": 3, "dog": 6}, (32, 32))
     run = make_run(root, data)
     (run / "log.txt").write_text(
-        "07:00:00 run sheet\n  run      a\n  command  train.py x=1\n07:00:01 step 1/7\n"
+        "07:00:00 run sheet\n  run      a\n  ranks    3 on cpu\n  command  train.py x=1\n07:00:01 step\n"
     )
-    few_shot = json.dumps({"few": {"protocol": "few_shot", "data": str(data), "ways": 3, "episodes": 5}})
+    few_shot = json.dumps(
+        {
+            "few": {"protocol": "few_shot", "data": str(data), "ways": 3, "episodes": 5},
+            "found": {"protocol": "retrieval", "data": str(data), "ks": [1], "bootstrap": 9},
+        }
+    )
     assert write(run, ["eval.batch_size=8", f"eval.protocols={few_shot}"]) == run / "report.html"
     return run
 
@@ -72,9 +77,10 @@ def test_the_file_is_well_formed_and_needs_no_other(run):
 def test_it_tells_results_curves_pairs_classes_and_how_it_was_made(run):
     text = (run / "report.html").read_text()
     parts = """same: accuracy|pairs: rank1|effective_rank|train/loss|Verification|cosine_nearest_mean|t-SNE
-few: accuracy|Identification|at rank 50|<th>loss</th>
+few: accuracy|Identification|at rank 50|<th class="number">loss</th>|step 7|95 % interval|false accept rate
 yet far apart|yet close|nearest neighbours|principal axes|Classes that may be one|Weakest classes of same
-does a class need images?|train.py x=1|embedding_dim: 12"""
+does a class need images?|train.py x=1|embedding_dim: 12
+same: AUC|What the figures mean|on 3 on cpu|run.name=again|<dt>ranks</dt>"""
     for part in parts.replace("\n", "|").split("|"):
         assert part in text, part
     assert "ant &lt;b&gt;" in text
@@ -111,8 +117,16 @@ def test_hardest_pairs_equal_brute_force(monkeypatch):
         assert bool(found.is_wrong_N[i]) == bool(labels_N[nearest] != labels_N[i])
 
 
+def test_figures_have_their_interval_beside_them_and_numbers_are_aligned():
+    text = report._with_intervals("set", {"map": 0.5, "map_low": 0.25, "map_high": 0.75, "num_queries": 4.0})
+    assert '<td>map</td><td class="number">0.5000</td><td>0.2500 to 0.7500</td>' in text
+    assert "map_low" not in text
+    assert text.count('<th class="number">') == 1
+    assert "interval" not in report._with_intervals("set", {"a_low": 0.25})
+
+
 def test_texts_are_escaped_and_html_is_not():
-    assert page.table(("a<",), [("<i>", page.Html("<b>x</b>"), 1.5, 2)]).count("&lt;") == 2
+    assert page.table(("a<", "b", "c", "d"), [("<i>", page.Html("<b>x</b>"), 1.5, 2)]).count("&lt;") == 2
     assert "<b>x</b>" in page.table(("a",), [(page.Html("<b>x</b>"),)])
     assert 'title="&quot;q&quot;"' in page.picture(b"x", "png", '"q"')
 

@@ -1,5 +1,6 @@
 """A trained model on disk: found by run or checkpoint, read back, described, verified to the last row."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -7,11 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from launching import Started
+from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
-from small_run import make_run, pack_photos, random_backbone
+from small_run import make_run, pack_photos, random_backbone, with_run
+from torch import Tensor
 
+from trainer.checkpoint import Contents
+from trainer.config import Config, to_dict
+from trainer.diagnostics import view_head
+from trainer.distributed import World
 from trainer.errors import UserError
+from trainer.export import write_centroids
 from trainer.head import ClassShard, initial_rows
+from trainer.models import load_model, open_model
+from trainer.saving import Checkpoints
+from trainer.state import build_head
 from trainer.trained import describe, open_trained, verify
 
 
@@ -72,3 +83,62 @@ def test_the_command_shows_verifies_and_exports_the_head(run, tmp_path):
     assert Started(sys.executable, program, "export-head", run, out).wait().code == 0
     assert load_file(out)["centroids"].shape == (3, 12)
     assert Started(sys.executable, program, "export-head", run, out).wait().code == 2
+
+
+def save_and_open(
+    world: World, config: Config, losses: list[dict], old: Path, out: Path
+) -> list[dict[str, Tensor]]:
+    """Save a head of every loss, open it again in every way; return what stands for the classes."""
+    record = {"position": {}, "numbers": {}, "loss": {}, "data_fingerprint": "x"}
+    backbone = load_file(old / "backbone.safetensors")
+    found = []
+    for number, changes in enumerate(losses):
+        changed = with_run(config, run={"name": str(number)}, loss=changes)
+        head = build_head(changed, world, 12)
+        torch.manual_seed(world.rank)
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter)
+        rows = {f"parameter.{name}": value.detach() for name, value in head.named_parameters()}
+        contents = Contents(
+            7, record | {"config": to_dict(changed)}, backbone, rows, head.row_shard, ("ant", "bee", "cat")
+        )
+        saved = Checkpoints(out / str(number) / "checkpoints", 1, world.group).save(contents)
+        centroids = open_model(saved, world).centroids
+        assert centroids is not None
+        write_centroids(open_trained(saved), out / f"{number}-{world.rank}.safetensors")
+        _, again = load_model(saved, changed, world)
+        assert torch.equal(again.directions_CD(), head.directions_CD())
+        view = view_head(again, [], ("ant", "bee", "cat"), [])
+        found.append(
+            {"own": head.directions_CD(), "all": centroids(), "pairs": torch.tensor(view.neighbours.pairs)}
+        )
+    return found
+
+
+def test_a_head_of_any_loss_has_its_classes_in_every_way_a_run_is_opened(tmp_path):
+    data = pack_photos(tmp_path, "data", {"ant": 1, "bee": 1, "cat": 1}, (32, 32))
+    run = make_run(tmp_path, data, backbone_name="lenetpp", channels=1, neck="linear")
+    config = open_trained(run).config
+    centres = config.loss.standalone_center
+    losses = [
+        {"name": "coco"},
+        {"name": "softmax"},
+        {"name": "center"},
+        {"name": "triplet"},
+        {"name": "triplet", "extra": {"softmax": 0.5, "center": 0.1}},
+        {"name": "coco", "extra": {"center": 0.1, "contrastive": 1.0, "coco_minibatch": 1.0}},
+        {"name": "standalone_center"},
+        {"name": "standalone_center", "standalone_center": dataclasses.replace(centres, inter="classifier")},
+        {"name": "arcface", "extra": {"standalone_center": 1.0}},
+    ]
+    ranks = run_on_ranks(save_and_open, 2, config, losses, run / "checkpoints" / "step-00000007", tmp_path)
+    for number, parts in enumerate(zip(*ranks, strict=True)):
+        expected_KD = torch.cat([part["own"] for part in parts])
+        cosine_KK = expected_KD @ expected_KD.T
+        for part in parts:
+            units_KD = torch.nn.functional.normalize(part["all"].flatten(0, 1))
+            torch.testing.assert_close(units_KD, expected_KD, msg=str(losses[number]))
+            for cosine, a, b in part["pairs"].tolist():
+                assert cosine == pytest.approx(float(cosine_KK[int(a), int(b)]), abs=1e-6), losses[number]
+        written_KD = load_file(tmp_path / f"{number}-0.safetensors")["centroids"]
+        torch.testing.assert_close(written_KD, expected_KD)

@@ -27,6 +27,7 @@ level 5
     state           all that changes while training: built, saved, restored
     preflight       before renting hours: are all hosts alike, healthy and connected?
     class_means     the mean feature of every class in one pass: where a centroid best begins
+    gallery         the images of a report: hardest pairs, nearest neighbours, examples of classes
     trained         a trained model as it lies on disk: backbone, rows, names of the classes
 level 4
     saving          checkpoints written by all ranks together: whole or absent, behind training if asked
@@ -64,6 +65,8 @@ level 2
     shards          data shards: written as tars, or indexed where they are [webdataset]
     optimizer       the optimizer of backbone and head, its state allocated at once
     figures         pictures of an evaluation and of a run [matplotlib]
+    rays            embeddings of 2 or 3 dimensions, with a ray for every class [matplotlib]
+    metrics         how good features are: accuracy, verification, identification
     imagesets       images to be judged, packed or in a folder, their keys and notes
     protocols       published ways to judge features, one file each, beside its definition
     headcost        what a step of the fused head costs, from its shapes and a speed
@@ -79,7 +82,8 @@ level 1
     rows            one optimizer step on some rows of a matrix, stored in bfloat16 if asked
     manifest        a checkpoint as files: its name, its record, the hashes that make damage visible
     batchnorm       batch norm over the images of all ranks
-    metrics         how good features are: accuracy, verification, identification
+    tiles           pairs of images in tiles: exact cosines, shared by the ranks
+    canvas          what every picture is drawn on, and its ways to a file or a page [matplotlib]
     index           where every sample of a packed data set lies: found with one read
     decode          from the bytes of an image to its pixels
     tars            what is in a tar of samples, which may be hostile
@@ -102,6 +106,8 @@ level 0
     heartbeat       who is still there, and where: names the ranks that a failed run lost
     schedule        the learning rate by step
     regions         the parts of a person around the head, as they are cut out
+    roc             the ROC curve from counts of pairs by score, and its figures
+    captions        what the reader of a report is told of every picture and figure
     page            the page of a report: HTML and CSS in one file, for light and dark
     address         where a data set is: a folder, or a URL shown without its credentials
     errors          the one error that is the user's to mend

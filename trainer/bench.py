@@ -22,9 +22,10 @@ from trainer.distributed import World
 from trainer.embed import Embed, Embedded, Embeddings, Reading, embed_all, is_embeddings, stream
 from trainer.errors import UserError
 from trainer.imagesets import ImageSet, open_images
-from trainer.metrics import Sharing, Verification
 from trainer.protocols.bootstrap import mean_interval
 from trainer.protocols.identification import pooled
+from trainer.roc import Verification
+from trainer.tiles import Sharing
 
 Figures = Iterator[tuple[str, float]]
 

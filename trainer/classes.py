@@ -174,7 +174,7 @@ def change_rows(
     sub_centroids = config.head.sub_centroids
     gathered = _gather(trained, change, shard.times(sub_centroids), sub_centroids)
     is_new_C = torch.from_numpy(change.is_new[shard.start : shard.stop])
-    rows = gathered.tensors[rows_name(gathered.tensors)]
+    rows = gathered.tensors[rows_name(gathered.tensors, config.loss.judge)]
     dim = rows.shape[1]
     directions = F.normalize(initial_rows(config.seed, shard.times(sub_centroids), dim))
     if new_rows == "mean" and change.is_new.any():
@@ -214,7 +214,7 @@ def _gather(trained: Trained, change: Change, row_shard: ClassShard, sub_centroi
     sums: dict[str, Tensor] = {}
     length_sum, lengths = 0.0, torch.zeros(len(row_shard))
     for low, block in trained.stream_rows():
-        name_of_rows = rows_name(block)
+        name_of_rows = rows_name(block, trained.config.loss.judge)
         block_lengths = torch.linalg.vector_norm(block[name_of_rows].float(), dim=1)
         length_sum += float(block_lengths.double().sum())
         places = new_rows[low : low + len(block_lengths)] - row_shard.start

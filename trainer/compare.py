@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from trainer import figures
+from trainer import canvas, rays
 from trainer.config import Config
 from trainer.distributed import World, joined_world
 from trainer.evaluate import EvalSets, SetResult, figures_of
@@ -86,7 +86,7 @@ def _draw(found: Mapping[str, Sequence[SetResult]], folder: Path) -> None:
     """Draw the first run, and the features of every test set side by side over the runs."""
     first = next(iter(found))
     for name, figure in figures_of(found[first], Path(first).name):
-        figures.save(figure, folder / f"{name}.png")
+        canvas.save(figure, folder / f"{name}.png")
     if len(found) == 1:
         return
     for results in zip(*found.values(), strict=True):
@@ -95,5 +95,5 @@ def _draw(found: Mapping[str, Sequence[SetResult]], folder: Path) -> None:
                 Path(run).name: (result.embeddings_ND, result.labels_N)
                 for run, result in zip(found, results, strict=True)
             }
-            figure = figures.feature_scatter_pair(panels, results[0].class_names)
-            figures.save(figure, folder / f"features-{results[0].name}-compared.png")
+            figure = rays.feature_scatter_pair(panels, results[0].class_names)
+            canvas.save(figure, folder / f"features-{results[0].name}-compared.png")

@@ -333,6 +333,11 @@ class LossConfig:
             terms["center"] = self.center.weight
         return terms if terms.keys() - ROWLESS else {**terms, "center": 0.0}
 
+    @property
+    def judge(self) -> str:
+        """The term whose rows stand for the classes: the first that has any."""
+        return next(name for name in self.weights if name not in ROWLESS)
+
 
 @section
 class HeadConfig:

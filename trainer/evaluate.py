@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from trainer import figures, metrics
+from trainer import figures, metrics, rays
 from trainer.bench import Model, OpenModel
 from trainer.cache import open_data_set
 from trainer.collectives import concatenate_over, gather_batch, sum_over
@@ -29,7 +29,7 @@ from trainer.errors import UserError
 from trainer.feed import build_eval_batches
 from trainer.index import Index
 from trainer.judge import check, judge
-from trainer.metrics import Verification
+from trainer.roc import Verification
 
 CMC_DEPTH = 50
 _FAR_NAMES = {1e-1: "1e-1", 1e-2: "1e-2", 1e-3: "1e-3", 1e-4: "1e-4"}
@@ -121,7 +121,7 @@ def figures_of(results: Iterable[SetResult], title: str) -> Iterator[tuple[str, 
     seen = [result for result in results if len(result.labels_N)]  # a protocol has numbers only
     for result in seen:
         if result.embeddings_ND.shape[1] in (2, 3):
-            scatter = figures.feature_scatter(
+            scatter = rays.feature_scatter(
                 result.embeddings_ND, result.labels_N, result.class_names, f"{title}: {result.name}"
             )
             yield f"features-{result.name}", scatter

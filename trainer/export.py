@@ -136,7 +136,8 @@ def write_centroids(trained: Trained, path: Path) -> None:
     blocks = trained.stream_rows()
     with path.open("wb") as file:
         for low, tensors in blocks:
-            rows = F.normalize(tensors[rows_name(tensors)].float(), dim=-1)
+            name = rows_name(tensors, trained.config.loss.judge)
+            rows = F.normalize(tensors[name].float(), dim=-1)
             if low == 0:
                 per_class = (
                     [trained.config.head.sub_centroids] if trained.num_rows > trained.num_classes else []

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.address import without_credentials
+from trainer.canvas import save as save_figure
 from trainer.config import Config, to_dict
 from trainer.errors import UserError
-from trainer.figures import save as save_figure
 from trainer.options import dump, load
 
 log = logging.getLogger("trainer")
@@ -101,6 +101,11 @@ class RunLog:
         if self._wandb is not None:
             content = {f"tables/{name}": wandb.Table(columns=columns, data=rows)}
             _never_stop(lambda: self._wandb.log(content, step=step))
+
+    def page(self, path: Path, step: int) -> None:
+        """Show a page that needs no other file in W&B, as ``report``."""
+        if self._wandb is not None:
+            _never_stop(lambda: self._wandb.log({path.stem: wandb.Html(path.read_text())}, step=step))
 
     def embeddings(self, name: str, embeddings_ND: Tensor, labels_N: Tensor, step: int) -> None:
         """Save the embeddings of a test set at this step."""

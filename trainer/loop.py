@@ -187,4 +187,4 @@ def show(judgement: Judgement, config: Config, log_run: RunLog, step: int) -> No
     for name, columns, rows in tables_of_head(view):
         log_run.table(name, columns, rows, step)
     if config.log.report:
-        write_report(config.run_folder, config, results, view)
+        log_run.page(write_report(config.run_folder, config, results, view), step)

@@ -101,7 +101,8 @@ def open_model(path: Path, world: World) -> Model:
     trained = open_trained(path)
 
     def centroids_KSD() -> Tensor:
-        rows = [tensors[rows_name(tensors)] for _, tensors in trained.stream_rows()]
+        judge = trained.config.loss.judge
+        rows = [tensors[rows_name(tensors, judge)] for _, tensors in trained.stream_rows()]
         return torch.cat(rows).unflatten(0, (trained.num_classes, -1))
 
     backbone = trained.build_backbone().to(world.device)

@@ -101,10 +101,13 @@ def require_apart(out: Path, root: Path) -> None:
 
 def draw_classes(packed: Index) -> None:
     """Write index/classes.png: how many images classes have."""
-    from trainer import figures  # here, because it imports torch: a data set that is kept needs no picture
+    from trainer import (
+        canvas,
+        figures,
+    )  # here, because it imports torch: a data set that is kept needs no picture
 
     figure = figures.class_sizes(np.asarray(packed.labels_N), packed.class_names, packed.folder.name)
-    figures.save(figure, packed.folder / "index" / "classes.png")
+    canvas.save(figure, packed.folder / "index" / "classes.png")
 
 
 def summarize(packed: Index) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trainer import figures
+from trainer import canvas, rays
 from trainer.errors import UserError
 from trainer.scale import PAPER_LOSS, adacos_scale, paper_scale, simplex_loss, simplex_scale
 
@@ -38,7 +38,7 @@ def draw_runs(folders: Sequence[Path]) -> list[Path]:
         for name, frames in sets.items():
             embeddings_ND, labels_N = frames[max(frames)]
             gram = centre_gram(embeddings_ND, labels_N, names, f"{folder.name}: {name}")
-            written.append(figures.save(gram, folder / "figures" / f"centres-{name}.png"))
+            written.append(canvas.save(gram, folder / "figures" / f"centres-{name}.png"))
             if embeddings_ND.shape[1] in (2, 3):
                 path = folder / "figures" / f"features-{name}.gif"
                 written.append(save_animation(frames, path, names, f"{folder.name}: {name}"))
@@ -46,9 +46,9 @@ def draw_runs(folders: Sequence[Path]) -> list[Path]:
     for name in saved[folders[0]]:
         panels = {folder.name: sets[name][max(sets[name])] for folder, sets in saved.items() if name in sets}
         if len(panels) > 1 and all(x_ND.shape[1] in (2, 3) for x_ND, _ in panels.values()):
-            figure = figures.feature_scatter_pair(panels, _class_names(folders[0]))
-            written.append(figures.save(figure, first / f"features-{name}-compared.png"))
-    written.append(figures.save(alpha_bounds(), first / "alpha-bounds.png"))
+            figure = rays.feature_scatter_pair(panels, _class_names(folders[0]))
+            written.append(canvas.save(figure, first / f"features-{name}-compared.png"))
+    written.append(canvas.save(alpha_bounds(), first / "alpha-bounds.png"))
     return written
 
 
@@ -73,10 +73,10 @@ def save_animation(frames: Frames, path: Path, class_names: Sequence[str] | None
     All are seen from where the last looks best, each in its own range of axes.
     """
     last = frames[max(frames)]
-    view = figures.best_view(*last) if last[0].shape[1] == 3 else None
+    view = rays.best_view(*last) if last[0].shape[1] == 3 else None
     images = []
     for step, (embeddings_ND, labels_N) in frames.items():
-        figure = figures.feature_scatter(embeddings_ND, labels_N, class_names, f"{title}, step {step}", view)
+        figure = rays.feature_scatter(embeddings_ND, labels_N, class_names, f"{title}, step {step}", view)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=80)
         images.append(Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE))
@@ -99,19 +99,19 @@ def centre_gram(
     axes = figure.add_subplot()
     shown = axes.imshow(gram_KK, cmap="RdBu_r", vmin=-1, vmax=1)
     figure.colorbar(shown, label="cosine of class means")
-    if len(labels) <= figures.LEGEND_CLASSES:
+    if len(labels) <= rays.LEGEND_CLASSES:
         names = [str(int(label)) if class_names is None else class_names[int(label)] for label in labels]
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)
         for i, j in np.ndindex(gram_KK.shape):
-            colour = "white" if abs(gram_KK[i, j]) > 0.6 else figures.INK
+            colour = "white" if abs(gram_KK[i, j]) > 0.6 else canvas.INK
             axes.text(j, i, f"{gram_KK[i, j]:.2f}", ha="center", va="center", fontsize=7, color=colour)
     others = gram_KK[~np.eye(len(labels), dtype=bool)]
     simplex = -1 / max(1, len(labels) - 1)
     axes.set_title(
         f"{title}\nothers: mean {others.mean():.3f}, highest {others.max():.3f}; simplex {simplex:.3f}",
         fontsize=11,
-        color=figures.INK,
+        color=canvas.INK,
     )
     return figure
 
@@ -133,9 +133,9 @@ def alpha_bounds(largest: int = 1_000_000) -> Figure:
     losses.set_yscale("log")
     for axes, text in ((scales, "alpha"), (losses, "lowest reachable loss (D >= K-1)")):
         axes.set_xscale("log")
-        axes.set_xlabel("classes K", color=figures.INK)
-        axes.set_ylabel(text, color=figures.INK)
-        axes.grid(color=figures.FAINT, linewidth=0.6)
+        axes.set_xlabel("classes K", color=canvas.INK)
+        axes.set_ylabel(text, color=canvas.INK)
+        axes.grid(color=canvas.FAINT, linewidth=0.6)
         axes.legend(frameon=False, fontsize=9)
     return figure
 

@@ -96,9 +96,15 @@ def backbone_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def rows_name(tensors: dict[str, Tensor]) -> str:
-    """Return the name of the tensor that holds the rows of a head, whichever head it is."""
-    (name,) = (name for name, value in tensors.items() if name.startswith("parameter.") and value.ndim > 1)
+def rows_name(tensors: dict[str, Tensor], judge: str) -> str:
+    """Return the name of the tensor that holds the rows of a head, ``judge`` being ``config.loss.judge``.
+
+    Other terms of a loss may hold matrices too, and so does a classifier over trained centres.
+    """
+    names = [name for name, value in tensors.items() if name.startswith("parameter.") and value.ndim > 1]
+    if len(names) > 1:
+        names = [n for n in names if n.startswith(f"parameter.parts.{judge}.") and ".classifier." not in n]
+    (name,) = names
     return name
 
 

@@ -87,7 +87,8 @@ def judge_persons(bench: Bench) -> Figures:
             yield f"{split}/weight_{region}", weights[number]
             if len(models) > 1:
                 alone = tuple(float(i == number) for i in range(len(models)))
-                yield f"{split}/accuracy_{region}", persons.accuracy(albums["test"], alone, bench.sharing)[0]
+                _, hits_N = persons.accuracy(albums["test"], alone, bench.sharing)
+                yield from _swapped(bench, f"{split}/accuracy_{region}", hits_N, albums["test"])
 
 
 def _open(bench: Bench, run: Path) -> Model:

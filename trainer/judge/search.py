@@ -10,12 +10,12 @@ from torch import Tensor
 
 from trainer.bench import FARS, Bench, EmbeddedSet, Figures, rate_name
 from trainer.errors import UserError
-from trainer.metrics import Images
 from trainer.order import epoch_order
 from trainer.protocols import distractors
 from trainer.protocols.identification import identification
 from trainer.protocols.ranking import images_of
 from trainer.protocols.retrieval import retrieval
+from trainer.tiles import Images
 
 
 def judge_identification(bench: Bench) -> Figures:

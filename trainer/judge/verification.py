@@ -20,6 +20,8 @@ from trainer.errors import UserError
 from trainer.protocols import open_set
 from trainer.protocols import pairs as listed
 from trainer.protocols.bootstrap import interval, mean_interval
+from trainer.protocols.drawn_pairs import drawn_intervals
+from trainer.roc import equal_error_rate
 
 EXACT_UP_TO = 20_000
 """Images up to which all pairs are compared to the last bit; above, to one bin of a histogram."""
@@ -85,7 +87,7 @@ def _of_pairs(bench: Bench, cosines_P: NDArray, pairs: listed.Pairs, identities_
     yield from with_interval("accuracy_all", lambda w: listed.best_accuracy(cosines_P, same_P, w))
     found = listed.curve(cosines_P, same_P, bench.config.fars or FARS)
     yield from with_interval("auc", lambda w: float(np.trapezoid(*roc(w)[::-1])))
-    yield from with_interval("eer", lambda w: metrics.equal_error_rate(*roc(w)))
+    yield from with_interval("eer", lambda w: equal_error_rate(*roc(w)))
     for name, _ in bench.rates(found):
         far = float(name.rpartition("=")[2])
         yield from with_interval(name, partial(listed.weighted_tar, cosines_P, same_P, far))
@@ -131,9 +133,13 @@ def judge_open_set(bench: Bench) -> Figures:
     yield "num_images", float(len(labels_N))
     yield from bench.left_out(("failed_images", num_failed))
     yield "bin_width", 0.0 if exact else 1 / open_set.BINS_OF_ONE
-    yield "auc", curve.auc
-    yield "best_accuracy", curve.best_accuracy
-    yield "eer", curve.eer
+    intervals: dict[str, tuple[float, float]] = {}
+    if bench.config.bootstrap:
+        intervals = drawn_intervals(features_ND, labels_N, curve, bench.config.bootstrap, sharing)
+    for name, value in (("auc", curve.auc), ("best_accuracy", curve.best_accuracy), ("eer", curve.eer)):
+        yield name, value
+        if name in intervals:
+            yield from interval_of(name, intervals[name])
     genuine = open_set.genuine_by_class(features_ND, labels_N) if bench.config.bootstrap else None
     for name, tar in bench.rates(curve):
         yield name, tar

@@ -4,7 +4,7 @@ A statistic is asked again and again with how often each of the K identities was
 function of (seed, number of the draw), so that every rank computes the same interval without a word.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,22 +14,26 @@ from trainer.order import fold
 Counts = NDArray[np.int64]
 
 
-def interval(
-    statistic: Callable[[Counts], float],
-    num_identities: int,
-    resamples: int,
-    seed: int = 0,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """Return the percentile interval of ``statistic(counts_K)``; draws for which it is NaN are left out."""
-    values = []
+def draws(num_identities: int, resamples: int, seed: int = 0) -> Iterator[Counts]:
+    """Yield, for each draw of as many identities as there are, how often each was drawn."""
     for draw in range(resamples):
         generator = np.random.Generator(np.random.PCG64(fold(seed, draw)))
         drawn_K = generator.integers(num_identities, size=num_identities)
-        values.append(statistic(np.bincount(drawn_K, minlength=num_identities)))
+        yield np.bincount(drawn_K, minlength=num_identities)
+
+
+def percentiles(values_R: NDArray, level: float = 0.95) -> tuple[float, float]:
+    """Return both ends of the middle ``level`` of a statistic's draws; those that are NaN are left out."""
     tail = (1 - level) / 2
-    low, high = np.nanquantile(values, [tail, 1 - tail])
+    low, high = np.nanquantile(values_R, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def interval(
+    statistic: Callable[[Counts], float], num_identities: int, resamples: int, seed: int = 0
+) -> tuple[float, float]:
+    """Return the percentile interval of ``statistic(counts_K)``; draws for which it is NaN are left out."""
+    return percentiles(np.array([statistic(counts_K) for counts_K in draws(num_identities, resamples, seed)]))
 
 
 def mean_interval(

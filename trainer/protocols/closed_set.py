@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.errors import UserError
-from trainer.metrics import ALONE, Sharing, blocks, share
+from trainer.tiles import ALONE, Sharing, blocks, share
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from trainer.errors import UserError
-from trainer.metrics import ALONE, BLOCK, Images, Sharing, blocks, cosines
 from trainer.protocols.ranking import tpir_at_fpir
+from trainer.tiles import ALONE, BLOCK, Images, Sharing, blocks, cosines
 
 
 class BestDistractors:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.errors import UserError
-from trainer.metrics import ALONE, Sharing, share
 from trainer.order import fold
+from trainer.tiles import ALONE, Sharing, share
 
 
 def few_shot(

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.errors import UserError
-from trainer.metrics import ALONE, BLOCK, Images, Sharing
 from trainer.protocols.ranking import cosines_of, hits_of, nearest, tpir_at_fpir
 from trainer.protocols.retrieval import count_relevant
+from trainer.tiles import ALONE, BLOCK, Images, Sharing
 
 
 def identification(

@@ -18,25 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.metrics import (
-    ALONE,
-    Images,
-    Sharing,
-    Verification,
-    blocks,
-    by_class,
-    count_pairs,
-    curve_of_counts,
-    overlap,
-    share,
-)
+from trainer.roc import Verification, curve_of_counts
+from trainer.tiles import ALONE, Images, Sharing, blocks, by_class, count_pairs, overlap, share
 
 BINS_OF_ONE = 2**14
 """Bins of a cosine interval of length 1; the width of a bin is 1 / BINS_OF_ONE."""
 BLOCK = 1024  # 4 MB of scores: they stay in the cache between product and histogram
 
 _SLACK = 4  # bins beyond +-1, for features whose length is 1 up to rounding
-_NUM_BINS = 2 * (BINS_OF_ONE + _SLACK)
+NUM_BINS = 2 * (BINS_OF_ONE + _SLACK)
 
 
 def all_pairs(
@@ -53,7 +43,7 @@ def all_pairs(
     assert (genuine_T.sum(), all_T.sum()) == (num_genuine, num_genuine + num_impostor)
     impostor_T = all_T - genuine_T
     reaching_T = impostor_T[::-1].cumsum()[::-1]
-    edges_T = (np.arange(_NUM_BINS + 1) - _NUM_BINS // 2) / BINS_OF_ONE
+    edges_T = (np.arange(NUM_BINS + 1) - NUM_BINS // 2) / BINS_OF_ONE
     used_T = genuine_T > 0
     return curve_of_counts(
         edges_T[:-1][used_T],
@@ -69,23 +59,29 @@ def all_pairs(
 def _histograms(images: Images, sharing: Sharing, block: int) -> Tensor:
     """Return the counts of this rank's tiles, int64: genuine pairs, and all pairs, of each bin."""
     pieces = list(blocks(len(images), block))
-    counts_2T = torch.zeros(2, _NUM_BINS, dtype=torch.int64, device=images.features.device)
+    counts_2T = torch.zeros(2, NUM_BINS, dtype=torch.int64, device=images.features.device)
     for rows, columns in share(itertools.combinations_with_replacement(pieces, 2), sharing.part):
         left, right = images[rows], images[columns]
-        scaled_BD = left.features * BINS_OF_ONE  # a power of two: exact
-        bins_BC = (scaled_BD @ right.features.T).add_(_NUM_BINS // 2).to(torch.int32)
+        bins_BC = fine_bins(left, right)
         if rows == columns:
-            counts_2T[1] += _count(bins_BC.masked_select(left.ids[:, None] < right.ids))
+            counts_2T[1] += count_bins(bins_BC.masked_select(left.ids[:, None] < right.ids))
         else:
-            counts_2T[1] += _count(bins_BC.view(-1))
+            counts_2T[1] += count_bins(bins_BC.view(-1))
         if overlap(left, right):
             same_BC = (left.labels[:, None] == right.labels) & (left.ids[:, None] < right.ids)
-            counts_2T[0] += _count(bins_BC.masked_select(same_BC))
+            counts_2T[0] += count_bins(bins_BC.masked_select(same_BC))
     return counts_2T
 
 
-def _count(bins: Tensor) -> Tensor:
-    return torch.bincount(bins, minlength=_NUM_BINS)
+def fine_bins(left: Images, right: Images) -> Tensor:
+    """Return the bin of every pair of a tile, int32."""
+    scaled_BD = left.features * BINS_OF_ONE  # a power of two: exact
+    return (scaled_BD @ right.features.T).add_(NUM_BINS // 2).to(torch.int32)
+
+
+def count_bins(bins: Tensor) -> Tensor:
+    """Count how many pairs fell into each bin."""
+    return torch.bincount(bins, minlength=NUM_BINS)
 
 
 def genuine_by_class(features_ND: Tensor, labels_N: Tensor) -> tuple[np.ndarray, np.ndarray]:

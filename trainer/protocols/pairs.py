@@ -3,7 +3,7 @@
     accuracy           mean over folds; each fold's threshold is the best of the other folds      (LFW)
     accuracy_std       standard deviation over folds (population, as published code has it)
     accuracy_all       best threshold on all pairs at once, which some papers report; never lower by chance
-    auc, eer, tar@far=x   of all pairs, see ``metrics.Verification``
+    auc, eer, tar@far=x   of all pairs, see ``roc.Verification``
 
 Thresholds of folds are those of published code: squared Euclidean distance d = 2 - 2 cos of unit features, 0
 to 4 in steps of 0.01, the smallest of the best. Embeddings of an image and its mirror image may be summed
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import UserError
-from trainer.metrics import Verification, curve_of_counts
+from trainer.roc import Verification, curve_of_counts
 
 GRID_T = np.arange(0, 4, 0.01)
 NO_FOLD = -1

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import UserError
-from trainer.metrics import ALONE, Sharing, blocks, share
+from trainer.tiles import ALONE, Sharing, blocks, share
 
 STEPS = 10  # of the grid of weights
 

@@ -10,7 +10,7 @@ Dimensions: P probes, G gallery, B and C of a tile, k nearest.
 import torch
 from torch import Tensor
 
-from trainer.metrics import ALONE, BLOCK, Images, Sharing, blocks, cosines, share
+from trainer.tiles import ALONE, BLOCK, Images, Sharing, blocks, cosines, share
 
 NOTHING = torch.iinfo(torch.int64).min
 """The key of what is not in the gallery."""

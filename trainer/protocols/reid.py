@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from trainer.errors import UserError
-from trainer.metrics import ALONE, Sharing, blocks, share
 from trainer.protocols.ranking import hits_of, keys_of
+from trainer.tiles import ALONE, Sharing, blocks, share
 
 JUNK = -1
 

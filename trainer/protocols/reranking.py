@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from trainer.metrics import ALONE, Sharing, blocks, share
+from trainer.tiles import ALONE, Sharing, blocks, share
 
 
 def reranked(

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from trainer.errors import UserError
-from trainer.metrics import ALONE, BLOCK, Images, Sharing
 from trainer.protocols.ranking import hits_of, nearest
+from trainer.tiles import ALONE, BLOCK, Images, Sharing
 
 
 def retrieval(
