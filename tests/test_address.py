@@ -67,6 +67,10 @@ def test_a_message_keeps_what_follows_an_address():
         ("file://host/a", "a local path has none"),
         ("https://host/a::pipe:id", "has :: in its path"),
         ("https:///a", "has no host"),
+        (
+            "https://host/my set?sig=hunter2",
+            "has a space, which addresses write as %20 (https://host/my set)",
+        ),
         ("s3://key:hunter2@bucket/set", "s3:// has credentials elsewhere (s3://bucket/set)"),
         ("gs://bucket/set?token=hunter2", "gs:// has credentials elsewhere (gs://bucket/set)"),
         ("https://host/a\nHost: other", "characters that no address has"),
@@ -85,6 +89,17 @@ def test_an_address_that_is_not_allowed_is_refused_in_one_line_without_its_passw
     assert reason in message
     assert "hunter2" not in message
     assert "\n" not in message
+
+
+def test_the_addresses_of_a_mixture_are_kept_like_any_other():
+    config = run(mix={"https://ann:hunter2@host/a%20b?sig=signature": 0.5, "more/data": 2})
+    assert [str(place) for place in config.data.mix] == ["https://host/a%20b", "more/data"]
+    assert not any(word in text for word in SECRETS for text in (repr(config), dump(config)))
+    assert next(iter(config.data.mix)).secret.startswith("https://ann:hunter2@host/")
+    for place in ("ftp://ann:hunter2@host/a", "pipe:id hunter2"):
+        with pytest.raises(UserError, match=r"^data\.mix") as caught:
+            load(None, ["data.train=x", "optim.steps=1", f"data.mix={{'{place}': 1}}"])
+        assert "hunter2" not in str(caught.value)
 
 
 def test_test_sets_are_asked_for_the_same_permission_as_training_data():

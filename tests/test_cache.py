@@ -539,5 +539,5 @@ def test_shards_of_a_test_set_are_fetched_ahead_too(web, here, workers):
     deadline = time.monotonic() + 20
     while len(tars(here)) < 10 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert [path[-5] for path in fetches(web)] == [*"0123456789"]
+    assert sorted(path[-5] for path in fetches(web)) == [*"0123456789"]  # reader and fetcher take turns
     assert sum(int(batch.valid_N.sum()) for batch in batches) == 16

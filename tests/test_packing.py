@@ -349,3 +349,15 @@ def test_a_name_that_is_not_text_is_refused_before_anything_is_written(tmp_path)
     with pytest.raises(UserError, match=r"class '.udcff.udcfe' has a name that is not UTF-8; rename it"):
         pack(image_folder(tmp_path / "in"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_no_index_would_take_is_told_first_or_by_its_place(tmp_path, monkeypatch):
+    for i in range(3):
+        (tmp_path / "in" / "ant").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / "ant" / f"{i}.png").write_bytes(png(i) if i else b"")
+    with pytest.raises(UserError, match=r"/in/ant/0\.png is empty"):
+        pack(image_folder(tmp_path / "in"), tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.tar"))
+    monkeypatch.setattr(packing, "MAX_IMAGE_BYTES", 4)
+    with pytest.raises(UserError, match=r"sample \d of class c\d: image is empty or above"):
+        pack(make_source(3), tmp_path / "other")

@@ -88,6 +88,7 @@ def test_csv_without_split_is_one_set_and_numbers_are_sorted_by_value(tmp_path):
         ("path,label\n0.png,\n", "a.csv:2: path or label is empty"),
         ("path,label\n0.png\n", "a.csv:2: path or label is empty"),
         ("path,label\n1.png,a\n", "a.csv:2: .*1.png does not exist"),
+        ("path,label\n" + "x" * 5000 + ".png,a\n", r"a.csv:2: 'x{40}'\.\.\.: File name too long"),
         ("path,label\n/etc/passwd,a\n", "a.csv:2: 'passwd' is not an image"),
         ("path,label,split\n0.png,a,../x\n", r"a.csv:2: split '\.\./x' must be letters"),
         ('path,label\n"0.png,a\n', r"a.csv:\d: unexpected end"),

@@ -18,12 +18,14 @@ SCHEMES = ("https", "http", *OBJECT_STORES, "pipe")
 _SCHEME = re.compile(r"(?:([A-Za-z][A-Za-z0-9+.-]*)://|(pipe):)")
 _USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s?#]*@")
 _QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?#'\"]*)[?#][^\s'\"]*")
+_QUERY_BEHIND_SPACE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\n?#'\"]*)\?[\w.-]+=[^\s'\"]*")
 _COMMAND = re.compile(r"\b(pipe:\s*[^\s'\"]+)\s(?!\.\.\.).*", re.DOTALL)
 
 
 def without_credentials(text: str) -> str:
     """Return ``text`` with every URL in it stripped of user, password and query, and pipes of arguments."""
-    return _COMMAND.sub(r"\1 ...", _QUERY.sub(r"\1", _USER.sub(r"\1", text)))
+    text = _QUERY_BEHIND_SPACE.sub(r"\1", _USER.sub(r"\1", text))
+    return _COMMAND.sub(r"\1 ...", _QUERY.sub(r"\1", text))
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Url:
             raise ValueError(f"has :: in its path ({self})")
         if not urlsplit(self.secret).hostname:
             raise ValueError(f"has no host ({self})")
+        if self.scheme in ("http", "https") and " " in self.secret:
+            raise ValueError(f"has a space, which addresses write as %20 ({self})")
 
     def __str__(self) -> str:
         return without_credentials(self.secret)

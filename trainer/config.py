@@ -107,9 +107,10 @@ class DataConfig:
     """Shuffle so many data shards at a time, in random order, so that images which are neighbours on a slow
     disk are read at about the same time. None shuffles all of the data together, however large."""
 
-    mix: dict[str, Positive] = Field(default_factory=dict)
-    """Further folders of data shards, and how many of their images are drawn for one of `train`. An epoch is
-    one pass over `train`; all images of a set are drawn before any is drawn again. Shuffled only."""
+    mix: dict[Location, Positive] = Field(default_factory=dict)
+    """Further folders of data shards, or addresses, and how many of their images are drawn for one of
+    `train`. An epoch is one pass over `train`; all images of a set are drawn before any is drawn again.
+    Shuffled only."""
 
     mix_labels: Literal["name", "offset"] = "name"
     """Classes of mixed data sets: those of the same name are one class, or each set has its own, numbered

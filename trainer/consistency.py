@@ -80,6 +80,7 @@ def _check_test_sets(config: Config) -> None:
     sets, best = config.eval, config.checkpoint.keep_best
     addresses = {
         "data.train": config.data.train,
+        **{f"data.mix.{place}": place for place in config.data.mix},
         **{f"eval.classification.{name}": place for name, place in sets.classification.items()},
         **{f"eval.verification.{name}": place for name, place in sets.verification.items()},
     }

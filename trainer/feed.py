@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.distributed import ProcessGroup
 
-from trainer.address import Url, location
+from trainer.address import Url
 from trainer.augment import Transform, build_eval_transform, build_train_transform
 from trainer.backbone import image_size_of
 from trainer.cache import open_data_set, read_together
@@ -55,8 +55,8 @@ def open_training_data(config: Config) -> TrainingData:
     first = open_data_set(data.train, "data.train", data)
     index: Index | Mixture = first
     if data.mix:
-        others = [open_data_set(location(folder), f"data.mix.{folder}", data) for folder in data.mix]
-        names = [Path(str(place)).name for place in (data.train, *map(location, data.mix))]
+        others = [open_data_set(place, f"data.mix.{place}", data) for place in data.mix]
+        names = [Path(str(place)).name for place in (data.train, *data.mix)]
         index = mix(read_together([first, *others]), data.mix_labels, names)
     order = build_order(config, index)
     return TrainingData(

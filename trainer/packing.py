@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import UserError
-from trainer.index import Index
+from trainer.index import MAX_IMAGE_BYTES, Index
 from trainer.jobs import ONE_PROCESS, Jobs
 from trainer.order import epoch_order
 from trainer.shards import (
@@ -135,6 +135,9 @@ def _samples(
 ) -> Iterator[Sample]:
     for count, i in enumerate(chosen_N.tolist(), 1):
         image, extension = source.read(i)
+        if not 0 < len(image) <= MAX_IMAGE_BYTES:
+            limit = MAX_IMAGE_BYTES >> 20
+            raise UserError(f"sample {i} of class {source.classes[i]}: image is empty or above {limit} MiB")
         yield Sample(image, extension, int(labels_N[i]), source.notes and source.notes(i))
         if count % TOLD_EVERY == 0:
             jobs.advance(TOLD_EVERY)
@@ -151,6 +154,8 @@ def _plan(source: Source, labels_N: NDArray[np.int64], seed: int, samples_per_sh
             status = path.stat()
         except OSError as error:
             raise UserError(f"{path}: cannot read: {error.strerror}") from None
+        if not status.st_size:
+            raise UserError(f"{path} is empty")
         digest.update(f"{os.fsencode(path)!r} {status.st_size} {status.st_mtime_ns}\n".encode("ascii"))
     return digest.hexdigest()
 

@@ -30,7 +30,8 @@ def run_sheet(config: Config, world: World, data: TrainingData, head: Any, start
         "head per rank": f"{len(head.shard)} classes, "
         f"{head_bytes(config, len(head.shard), dim) / 2**20:.1f} MiB with optimizer state",
         "data": f"{data.num_samples} images, {data.num_classes} classes",
-        "data source": describe_source(config.data.train, index, config.data),
+        "data source": describe_source(config.data.train, index, config.data)
+        + "".join(f", and {weight:g} of {place} for each" for place, weight in config.data.mix.items()),
         "data fingerprint": data.fingerprint[:12],
         "global batch": f"{batch} images = {world.size} ranks x {engine.accumulation_steps} x {micro_batch}",
         "steps": f"{start_step} to {optim.steps or 0}, {data.num_samples // batch} per epoch",

@@ -79,8 +79,12 @@ def _checked_split(split: str, where: str) -> str:
 def _image_path(path: Path, where: str) -> Path:
     if not is_image(extension_of(path.name)):
         raise UserError(f"{where}: {path.name!a} is not an image (.jpg, .png, .webp, ...)")
-    if not path.is_file():
-        raise UserError(f"{where}: {path} does not exist")
+    try:
+        is_there = path.is_file()
+    except OSError as error:
+        raise UserError(f"{where}: {path.name[:40]!a}...: {error.strerror}") from None
+    if not is_there:
+        raise UserError(f"{where}: {ascii(str(path))[1:-1]} does not exist")
     return path
 
 
