@@ -70,7 +70,9 @@ def write_report(run: Path, config: Config, results: Sequence[SetResult], view: 
     )
     path = run / FILE
     temporary = run / f".{FILE}"
-    temporary.write_text(page.page(run.resolve().name, subtitle, _tiles(results, view), sections))
+    temporary.write_text(
+        page.page(run.resolve().name, subtitle, _tiles(results, view), [each for each in sections if each[1]])
+    )
     temporary.replace(path)
     return path
 
@@ -178,7 +180,7 @@ def _curves(results: Sequence[SetResult]) -> Html:
         except UserError:
             continue  # a set without two images of a class has no such picture
         drawn.append(page.captioned(_svg(figure), captions.PICTURES["cosines"]))
-    return page.cards(drawn)
+    return page.cards(drawn) if drawn else Html("")
 
 
 def _verified(result: SetResult) -> SetResult:
