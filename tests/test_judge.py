@@ -265,6 +265,17 @@ def test_an_image_that_cannot_be_decoded_is_named_or_counted(root: Path, tmp_pat
         judged(protocol("open_set", tmp_path / "out"))
 
 
+def test_a_photo_of_an_album_that_is_gone_is_named_or_counted(tmp_path: Path) -> None:
+    album = save_album(tmp_path / "album")
+    (photo,) = album.glob("test/30_0.jpg")  # of two persons
+    photo.unlink()
+    more = {"splits": ["time"], "regions": {"head": None, "body": None}}
+    found = judged(protocol("persons", album, missing="count", **more))
+    assert (found["time/num_instances"], found["time/failed_instances"]) == (14, 2)
+    with pytest.raises(AssertionError, match=r"data: .*30_0.jpg, head .*: is not there"):
+        judged(protocol("persons", album, **more))
+
+
 def test_rates_that_the_pairs_cannot_support_are_refused_if_asked_for(root: Path) -> None:
     with pytest.raises(
         AssertionError, match="fars: 1e-05 needs 1000000 pairs of different classes, there are 375"
