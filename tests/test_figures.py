@@ -157,15 +157,18 @@ def test_cmc_draws_every_rank_and_names_the_ends() -> None:
 
 
 def test_a_small_curve_marks_few_values_and_names_them_on_a_logarithmic_axis() -> None:
-    figure = figures.small_curve("train/loss", [1, 2, 3], [0.9, 2.0, 3.1], logarithmic=True)
+    figure = figures.small_curve("train/loss", {1: 0.9, 2: 2.0, 3: 3.1}, {}, {}, logarithmic=True)
     axes = figure.axes[0]
     assert axes.get_yscale() == "log"
     assert axes.lines[0].get_marker() == "o"
     figure.draw_without_rendering()
     inside = [label.get_text() for label in axes.get_yticklabels() if 0.9 <= label.get_position()[1] <= 3.1]
     assert inside == ["1", "2"]
-    many = figures.small_curve("x", range(100), range(100), logarithmic=False).axes[0]
+    many = figures.small_curve("x", {i: i for i in range(100)}, {5: 1}, {5: 9, 6: 8}, logarithmic=False).axes[
+        0
+    ]
     assert many.lines[0].get_marker() == "None"
+    np.testing.assert_array_equal(many.collections[0].get_paths()[0].get_extents().intervaly, [1, 9])
 
 
 def test_same_input_gives_same_bytes_from_any_thread_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -191,7 +194,7 @@ def test_same_input_gives_same_bytes_from_any_thread_and_leaves_nothing_else(tmp
 def test_a_failed_save_keeps_the_old_file_and_leaves_no_rest(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "loss.png"
     path.write_bytes(b"old")
-    figure = figures.small_curve("loss", [1], [2.0], logarithmic=False)
+    figure = figures.small_curve("loss", {1: 2.0}, {}, {}, logarithmic=False)
 
     def write_half_and_fail(target: Path, **_: object) -> None:
         target.write_bytes(b"half")

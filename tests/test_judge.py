@@ -4,6 +4,7 @@ The formulas themselves are tested in test_ranking.py, test_pairs.py and test_pr
 Dimensions: N images, D feature.
 """
 
+import dataclasses
 import io
 import json
 import sys
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from launch import evaluate
 from trainer.bench import Model
-from trainer.config import ProtocolConfig, protocol_from_dict
+from trainer.config import InvalidConfigError, ProtocolConfig, protocol_from_dict
 from trainer.distributed import World
 from trainer.embed import Embeddings, write_embeddings
 from trainer.errors import UserError
@@ -257,6 +258,22 @@ def test_an_image_that_cannot_be_decoded_is_named_or_counted(root: Path, tmp_pat
     assert (found["num_images"], found["failed_images"]) == (7, 1)
     with pytest.raises(AssertionError, match=r"data: .*a/2.png: cannot decode"):
         judged(protocol("open_set", tmp_path / "data"))
+    run_on_ranks(write_on_rank, 1, tmp_path / "data", tmp_path / "out", "float32", False, True)
+    embedded = protocol("open_set", tmp_path / "out", missing="count", fars=[0.9])
+    assert judged(embedded) == found
+    with pytest.raises(AssertionError, match=r"lacks 1 images that could not .* a/2.png; missing=count"):
+        judged(protocol("open_set", tmp_path / "out"))
+
+
+def test_a_photo_of_an_album_that_is_gone_is_named_or_counted(tmp_path: Path) -> None:
+    album = save_album(tmp_path / "album")
+    (photo,) = album.glob("test/30_0.jpg")  # of two persons
+    photo.unlink()
+    more = {"splits": ["time"], "regions": {"head": None, "body": None}}
+    found = judged(protocol("persons", album, missing="count", **more))
+    assert (found["time/num_instances"], found["time/failed_instances"]) == (14, 2)
+    with pytest.raises(AssertionError, match=r"data: .*30_0.jpg, head .*: is not there"):
+        judged(protocol("persons", album, **more))
 
 
 def test_rates_that_the_pairs_cannot_support_are_refused_if_asked_for(root: Path) -> None:
@@ -264,6 +281,45 @@ def test_rates_that_the_pairs_cannot_support_are_refused_if_asked_for(root: Path
         AssertionError, match="fars: 1e-05 needs 1000000 pairs of different classes, there are 375"
     ):
         judged(protocol("open_set", root / "lfw", fars=[1e-5]))
+
+
+def refusals_on_rank(world: World, cases: list[tuple[str, ProtocolConfig]]) -> dict[str, str]:
+    """Return what each case says; those of ``diverged`` are judged with a model that has."""
+
+    def diverged(images_NCHW: Tensor) -> Tensor:
+        return embed(images_NCHW) * torch.nan
+
+    said = {}
+    for name, config in cases:
+        model = Model(diverged, MODEL.reading) if name.startswith("diverged") else MODEL
+        with pytest.raises(UserError) as error:
+            dict(judge(config, model, world, lambda path: MODEL, "--"))
+        said[name] = str(error.value)
+    return said
+
+
+def test_what_would_be_a_figure_of_nothing_is_refused(root: Path, tmp_path: Path) -> None:
+    save(tmp_path / "one" / "alone" / "1.png", 0, 1)
+    (tmp_path / "pairs.txt").write_text("1\nq 1 2\nq 1 r 2\n")
+    cases = {f"diverged {name}": config for name, config in configs(root).items()}
+    cases |= {
+        "class": protocol("closed_set", tmp_path / "one", gallery=str(tmp_path / "one")),
+        "pairs": protocol("pairs", root / "lfw", pairs=str(tmp_path / "pairs.txt"), missing="count"),
+        "fpirs": protocol("identification", root / "query", gallery=str(root / "gallery"), fpirs=[0.1]),
+        "fars": protocol("distractors", root / "lfw", distractors=str(root / "crowd"), fars=[1e-4]),
+    }
+    [said] = run_on_ranks(refusals_on_rank, 1, list(cases.items()))
+    for name in NAMES:
+        assert "its embedding is not finite: the model has diverged" in said.pop(f"diverged {name}")
+    assert said == {
+        "class": "--data: of one class, all of it is right: there is nothing to tell apart",
+        "pairs": f"--pairs: no pair has both of its images in {root / 'lfw'}",
+        "fpirs": "--fpirs: 0.1 is of too few errors, or too many: there are 0 probes without a mate",
+        "fars": "--fars: 0.0001 is of too few errors, or too many: there are 30 x 70 pairs, and the 100 "
+        "nearest of a probe are kept",
+    }
+    with pytest.raises(InvalidConfigError, match="invalid"):
+        protocol("open_set", root, fars=[0.0])
 
 
 def test_options_of_another_protocol_are_refused(root: Path) -> None:
@@ -300,7 +356,7 @@ def test_templates_are_pooled_by_their_notes(root: Path, tmp_path: Path) -> None
 
 
 def write_on_rank(
-    world: World, data: Path, out: Path, dtype: str, only_first: bool = False
+    world: World, data: Path, out: Path, dtype: str, only_first: bool = False, skip_broken: bool = False
 ) -> dict[str, Any]:
     images = open_images(data, "DATA")
     calls = 0
@@ -313,7 +369,8 @@ def write_on_rank(
         return embed(images_NCHW)
 
     origin = {"model": "fixed", "data": str(data)}
-    write_embeddings(counting, images, MODEL.reading, world, out, origin=origin, dtype=dtype, rows_per_file=8)
+    reading = dataclasses.replace(MODEL.reading, skip_broken=skip_broken)
+    write_embeddings(counting, images, reading, world, out, origin=origin, dtype=dtype, rows_per_file=8)
     return {"calls": calls}
 
 

@@ -115,7 +115,8 @@ def test_pairs_of_a_csv_are_read_by_their_header(tmp_path: Path) -> None:
     pairs = read_pairs(path)
     assert (pairs.first, pairs.second) == (("a/x.jpg",) * 2, ("b/y.jpg", "a/z.jpg"))
     assert (pairs.same_P.tolist(), pairs.fold_P.tolist()) == ([False, True], [3, 4])
-    path.write_text("key1,key2,same\n1,2,1\n1,3,0\n")
+    path.write_text("\ufeffkey1, key2, same\n1, 2, 1\n1, 3, 0\n")  # as a spreadsheet or a hand has it
+    assert read_pairs(path).second == ("2", "3")
     assert read_pairs(path).fold_P.tolist() == [NO_FOLD, NO_FOLD]
 
 

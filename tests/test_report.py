@@ -121,6 +121,8 @@ def test_figures_have_their_interval_beside_them_and_numbers_are_aligned():
     text = report._with_intervals("set", {"map": 0.5, "map_low": 0.25, "map_high": 0.75, "num_queries": 4.0})
     assert '<td>map</td><td class="number">0.5000</td><td>0.2500 to 0.7500</td>' in text
     assert "map_low" not in text
+    assert '<td class="number">4</td>' in text
+    assert '<td class="number">6.1e-05</td>' in page.table(("a",), [(2**-14,)])
     assert text.count('<th class="number">') == 1
     assert "interval" not in report._with_intervals("set", {"a_low": 0.25})
 

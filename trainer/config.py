@@ -19,6 +19,7 @@ PositiveInt = Annotated[int, Field(ge=1, strict=True)]  # strict: true is not 1
 NotNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Range = tuple[Positive, Positive]
@@ -561,12 +562,13 @@ class ProtocolConfig:
     ks: tuple[PositiveInt, ...] | None = None
     """Depths of top-k, rank-k and recall@k. None takes the protocol's own."""
 
-    fars: tuple[Fraction, ...] | None = None
+    fars: tuple[Rate, ...] | None = None
     """False accept rates; one that the impostors cannot support (fewer than ten errors) is refused. None
     takes 1e-1 to 1e-6 as far as supported."""
 
-    fpirs: tuple[Fraction, ...] = (0.1, 0.01, 0.001)
-    """False positive identification rates, as far as supported."""
+    fpirs: tuple[Rate, ...] | None = None
+    """False positive identification rates; one that the searches without a mate cannot support is refused.
+    None takes 1e-1, 1e-2 and 1e-3 as far as supported."""
 
     sizes: tuple[PositiveInt, ...] | None = None
     """Numbers of distractors, rising. None takes 10, 100, ... and all."""

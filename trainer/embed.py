@@ -174,14 +174,22 @@ class Embeddings:
     @property
     def num_failed(self) -> int:
         """Images that could not be decoded."""
-        paths = (_file(self.folder, "failed", number) for number in range(len(self.files)))
-        return sum(len(path.read_text().splitlines()) for path in paths)
+        return len(self.failed_keys)
+
+    @property
+    def failed_keys(self) -> list[str]:
+        """Their keys."""
+        return self._lines("failed")
 
     @property
     def keys(self) -> list[str]:
         """The key of every image."""
-        paths = (_file(self.folder, "keys", number) for number in range(len(self.files)))
-        return [key for path in paths for key in path.read_text().splitlines()]
+        return self._lines("keys")
+
+    def _lines(self, kind: str) -> list[str]:
+        paths = (_file(self.folder, kind, number) for number in range(len(self.files)))
+        texts = (path.read_bytes().decode("utf-8", "surrogateescape") for path in paths)
+        return [key for text in texts for key in text.split("\n")[:-1]]
 
     def images(self) -> ImageSet:
         """Return the set that was embedded, without pixels; with notes if it is still where it was."""
@@ -269,6 +277,12 @@ def _embedded(
         embeddings_BD = embed(pixels).float()
         if reading.flip_sum:
             embeddings_BD = embeddings_BD + embed(pixels.flip(3)).float()
+        is_wrong_B = ~embeddings_BD.isfinite().all(dim=1)
+        if is_wrong_B.any():
+            wrong = images.describe(int(batch.positions_B[is_wrong_B.cpu()][0]))
+            raise UserError(
+                f"rank {world.rank}: {wrong}: its embedding is not finite: the model has diverged"
+            )
         yield Embedded(batch.positions_B.to(world.device), embeddings_BD)
 
 

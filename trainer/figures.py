@@ -106,12 +106,23 @@ def cmc(curves: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
-def small_curve(name: str, steps: Sequence[int], values: Sequence[float], *, logarithmic: bool) -> Figure:
-    """Draw one metric of a run over its steps, small enough to stand beside others."""
+def small_curve(
+    name: str,
+    points: Mapping[int, float],
+    lows: Mapping[int, float],
+    highs: Mapping[int, float],
+    *,
+    logarithmic: bool,
+) -> Figure:
+    """Draw step -> value of one metric, small enough to stand beside others; an interval is a band."""
     figure = new_figure(4.2, 2.6)
     axes = new_axes(figure, "step", "")
+    steps, values = list(points), list(points.values())
     marker = "o" if len(values) <= FEW_VALUES else None
     axes.plot(steps, values, linewidth=1.6, color="tab:blue", marker=marker, markersize=4)
+    both = [step for step in lows if step in highs]
+    bounds = [lows[step] for step in both], [highs[step] for step in both]
+    axes.fill_between(both, *bounds, color="tab:blue", alpha=0.15, linewidth=0)
     if logarithmic:
         axes.set_yscale("log")
         decades = np.log10(max(values) / min(values))

@@ -50,14 +50,18 @@ def cards(contents: Iterable[Html], kind: str = "wide") -> Html:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str | float]]) -> Html:
-    """Return a table; columns of numbers are aligned to the right, and have four digits after the point."""
+    """Return a table; columns of numbers are aligned to the right, and have four digits after the point.
+
+    But a small number has two that count, and a whole one above 1 has none.
+    """
 
     def cell(value: str | float) -> str:
         if isinstance(value, Html):
             return f"<td>{value}</td>"
         if isinstance(value, str):
             return f"<td>{escape(value)}</td>"
-        text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+        is_whole = isinstance(value, int) or (value.is_integer() and value > 1)
+        text = f"{value:,.0f}" if is_whole else f"{value:.2g}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
         return f'<td class="number">{text}</td>'
 
     rows = [tuple(row) for row in rows]
@@ -167,7 +171,7 @@ th,td{padding:7px 0 7px 16px;border-bottom:1px solid var(--grid);white-space:now
 th:first-child,td:first-child{padding-left:0}tbody tr:last-child td{border-bottom:0}
 .number{text-align:right}
 .number+:not(.number){padding-left:32px}
-.small td:first-child{white-space:normal;overflow-wrap:anywhere}
+.small td{white-space:normal;overflow-wrap:break-word}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:6px 20px;margin:12px 0;font-size:14px;
 background:var(--card);border:1px solid var(--grid);border-radius:10px;padding:14px 16px}
 dt{color:var(--muted)}dd{margin:0;min-width:0;overflow-wrap:anywhere}

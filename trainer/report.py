@@ -70,7 +70,9 @@ def write_report(run: Path, config: Config, results: Sequence[SetResult], view: 
     )
     path = run / FILE
     temporary = run / f".{FILE}"
-    temporary.write_text(page.page(run.resolve().name, subtitle, _tiles(results, view), sections))
+    temporary.write_text(
+        page.page(run.resolve().name, subtitle, _tiles(results, view), [each for each in sections if each[1]])
+    )
     temporary.replace(path)
     return path
 
@@ -140,31 +142,40 @@ def _with_intervals(title: str, values: dict[str, float]) -> Html:
 
 
 def _training(run: Path) -> Html:
-    """Draw every metric of metrics.jsonl that changes, area by area."""
-    curves: dict[str, list[tuple[int, float]]] = {}
-    path = run / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        values = json.loads(line)
-        for name, value in values.items():
-            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
-                curves.setdefault(name, []).append((values["step"], float(value)))
+    """Draw every metric of metrics.jsonl that changes, area by area, with its interval if it has one."""
+    curves = _metrics_over_time(run / "metrics.jsonl")
+    ends = {name: [curves.get(f"{name}_{end}", {}) for end in ("low", "high")] for name in curves}
+    inside = {f"{name}_{end}" for name, found in ends.items() for end in ("low", "high") if all(found)}
     drawn: dict[str, list[Html]] = {}
+    still = []
     for name, points in curves.items():
-        steps, values = zip(*points, strict=True)
-        if min(values) < max(values):
-            logarithmic = name in _LOGARITHMIC and min(values) > 0
-            figure = figures.small_curve(name, steps, values, logarithmic=logarithmic)
+        if name in inside:
+            continue
+        if len(set(points.values())) > 1:
+            logarithmic = name in _LOGARITHMIC and min(points.values()) > 0
+            figure = figures.small_curve(name, points, *ends[name], logarithmic=logarithmic)
             drawn.setdefault(name.partition("/")[0], []).append(_svg(figure))
+        elif len(points) > 1:
+            still.append(f"{name} {min(points.values()):g}")
     if not drawn:
         return page.note("This run has no metrics over time.")
     parts = [
         page.heading(area) + page.note(captions.AREAS.get(area, "")) + page.cards(drawn[area], "small")
         for area in sorted(drawn, key=[*captions.AREAS, *drawn].index)
     ]
-    still = [
-        f"{name} {v[0][1]:g}" for name, v in curves.items() if len(v) > 1 and len(set(dict(v).values())) < 2
-    ]
     return Html("".join(parts) + (page.note("Never changed: " + ", ".join(still)) if still else ""))
+
+
+def _metrics_over_time(path: Path) -> dict[str, dict[int, float]]:
+    """Return name -> step -> value of what is a finite number; counts of confusions are no curves."""
+    curves: dict[str, dict[int, float]] = {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        values = json.loads(line)
+        for name, value in values.items():
+            is_number = isinstance(value, int | float) and math.isfinite(value)
+            if name != "step" and is_number and "/confused/" not in name:
+                curves.setdefault(name, {})[values["step"]] = float(value)
+    return curves
 
 
 def _curves(results: Sequence[SetResult]) -> Html:
@@ -178,7 +189,7 @@ def _curves(results: Sequence[SetResult]) -> Html:
         except UserError:
             continue  # a set without two images of a class has no such picture
         drawn.append(page.captioned(_svg(figure), captions.PICTURES["cosines"]))
-    return page.cards(drawn)
+    return page.cards(drawn) if drawn else Html("")
 
 
 def _verified(result: SetResult) -> SetResult:

@@ -29,6 +29,10 @@ def judge_closed_set(bench: Bench) -> Figures:
         if model.centroids is None:
             raise UserError(f"{bench.prefix}gallery: needed where there is no head, to make class means of")
         centroids_KD, known = model.centroids(), model.class_names
+    if len(centroids_KD) < 2:
+        raise UserError(
+            f"{bench.prefix}data: of one class, all of it is right: there is nothing to tell apart"
+        )
     labels_N = found.labels_N
     if names and known:
         label_of = {name: label for label, name in enumerate(known)}
@@ -66,5 +70,6 @@ def judge_few_shot(bench: Bench) -> Figures:
     yield from bench.left_out(("failed_images", len(found.images) - len(found.labels_N)))
     mean = float(accuracy_E.mean())
     yield "accuracy", mean
-    half = 1.96 * float(accuracy_E.std()) / math.sqrt(len(accuracy_E)) if len(accuracy_E) > 1 else math.nan
-    yield from interval_of("accuracy", (mean - half, mean + half))
+    if len(accuracy_E) > 1:
+        half = 1.96 * float(accuracy_E.std()) / math.sqrt(len(accuracy_E))
+        yield from interval_of("accuracy", (mean - half, mean + half))

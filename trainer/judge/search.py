@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.bench import FARS, Bench, EmbeddedSet, Figures, rate_name
+from trainer.bench import FARS, FPIRS, Bench, EmbeddedSet, Figures, rate_name
 from trainer.errors import UserError
 from trainer.order import epoch_order
 from trainer.protocols import distractors
@@ -22,7 +22,9 @@ def judge_identification(bench: Bench) -> Figures:
     """Yield the figures of ``protocols/identification.py``."""
     probes, gallery = _probes_and_gallery(bench)
     ks = bench.config.ks or (1, 5, 10)
-    values, mated_P, rates = identification(probes, gallery, ks, bench.config.fpirs, bench.sharing)
+    fpirs = bench.config.fpirs or FPIRS
+    values, mated_P, rates = identification(probes, gallery, ks, fpirs, bench.sharing)
+    bench.require_rates("fpirs", rates, f"there are {int((~mated_P).sum())} probes without a mate")
     yield "num_mated", float(mated_P.sum())
     yield "num_strangers", float((~mated_P).sum())
     yield from bench.means(values, probes.labels[mated_P])
@@ -83,15 +85,22 @@ def judge_distractors(bench: Bench) -> Figures:
     yield "num_pairs", float(len(first_Q))
     yield from bench.left_out(("failed_images", len(found.images) - len(probes)))
     identities_Q = probes.labels[first_Q]
+    fars, fpirs = bench.config.fars or FARS, bench.config.fpirs or FPIRS
+    supported: dict[str, set[float]] = {"fpirs": set(), "fars": set()}
     for size, seen, best_Pk in best.finish(bench.sharing):
         yield from bench.left_out((f"distractors@{size}", seen))
         ranks_Q = distractors.rank_among(first_Q, scores_Q, best_Pk)
-        found_at = distractors.open_set_rates(first_Q, scores_Q, best_Pk, bench.config.fpirs)
-        accepted_at = distractors.accept_rates(first_Q, scores_Q, best_Pk, seen, bench.config.fars or FARS)
+        found_at = distractors.open_set_rates(first_Q, scores_Q, best_Pk, fpirs)
+        accepted_at = distractors.accept_rates(first_Q, scores_Q, best_Pk, seen, fars)
+        supported["fpirs"] |= found_at.keys()
+        supported["fars"] |= accepted_at.keys()
         values = {f"rank{k}@{size}": (ranks_Q <= k).double() for k in ks}
         values |= {f"tpir@fpir={rate_name(fpir)}@{size}": hits for fpir, hits in found_at.items()}
         values |= {f"tar@far={rate_name(far)}@{size}": hits for far, hits in accepted_at.items()}
         yield from bench.means(values, identities_Q)
+    bench.require_rates("fpirs", supported["fpirs"], f"there are {len(probes)} probes")
+    kept = f"there are {len(probes)} x {sizes[-1]} pairs, and the {best.deepest} nearest of a probe are kept"
+    bench.require_rates("fars", supported["fars"], kept)
 
 
 def _powers_of_ten(num: int) -> tuple[int, ...]:

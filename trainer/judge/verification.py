@@ -40,6 +40,8 @@ def judge_pairs(bench: Bench) -> Figures:
         row = int(np.flatnonzero(~there_P)[0])
         key = (pairs.first, pairs.second)[int(rows_P2[row, 0] >= 0)][row]
         raise UserError(f"{bench.prefix}pairs: image {key} is not in {bench.config.data}")
+    if not there_P.any():
+        raise UserError(f"{bench.prefix}pairs: no pair has both of its images in {bench.config.data}")
     found = bench.embed(source, np.unique(rows_P2[there_P]))
     there_P = there_P & np.isin(rows_P2, found.positions_N).all(axis=1)
     pairs, rows_P2 = pairs.only(np.asarray(there_P)), np.searchsorted(found.positions_N, rows_P2[there_P])

@@ -31,7 +31,7 @@ class BestDistractors:
     def __init__(self, probes: Images, sizes: Sequence[int], deepest: int = 100) -> None:
         if sorted(set(sizes)) != list(sizes) or sizes[0] < 1:
             raise UserError(f"sizes: {list(sizes)} are not rising numbers of distractors")
-        self.probes, self.sizes = probes, tuple(sizes)
+        self.probes, self.sizes, self.deepest = probes, tuple(sizes), deepest
         # Ring s holds the distractors of size s that no smaller size has.
         shape = (len(sizes), len(probes), deepest)
         self._best_SPk = torch.full(shape, -torch.inf, device=probes.features.device)

@@ -57,7 +57,7 @@ def read_pairs(path: Path) -> Pairs:
     ``fold`` (a whole number).
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Excel begins a CSV with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read pairs: {error}") from None
     pairs = _read_csv(path, text) if "," in text.partition("\n")[0] else _read_lfw(path, text)
@@ -142,7 +142,7 @@ def _below(distances: NDArray, weights: NDArray) -> NDArray:
 
 
 def _read_csv(path: Path, text: str) -> Pairs:
-    rows = csv.DictReader(text.splitlines())
+    rows = csv.DictReader(text.splitlines(), skipinitialspace=True)
     fields = rows.fieldnames or []
     columns = [next((f for f in (f"key{i}", f"path{i}") if f in fields), None) for i in "12"]
     if None in columns or "same" not in fields:
