@@ -46,7 +46,7 @@ class Started:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
 
-    def wait(self, timeout: float = 180) -> Finished:
+    def wait(self, timeout: float = 300) -> Finished:
         try:
             stdout, stderr = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:

@@ -183,7 +183,7 @@ def arguments(data: Path | str, root: Path | str) -> tuple[str, ...]:
     """Return the demo's recipe, shortened."""
     return (
         "--config", "configs/demo.yaml", f"optim.steps={STEPS}", "optim.epochs=null", "log.every_steps=1",
-        "log.progress=false", "optim.lr=0.0001", f"data.train={data}/train",
+        "log.progress=false", "optim.lr=0.0001", "head.lr_multiplier=1", f"data.train={data}/train",
         f"eval.classification.test={data}/test", f"run.root={root}",
     )  # fmt: skip
 
