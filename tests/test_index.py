@@ -68,18 +68,18 @@ def test_index_survives_pickling_and_forking(packed):
     assert packed.read(3) == image(3)
 
 
-def num_open_tars() -> int:
+def num_open_in(folder: Path) -> int:
     descriptors = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
-    return sum(os.path.islink(d) and os.readlink(d).endswith(".tar") for d in descriptors)
+    return sum(os.path.islink(d) and os.readlink(d).startswith(f"{folder}/data-") for d in descriptors)
 
 
 def test_more_shards_than_open_files_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(index, "MAX_OPEN_FILES", 2)
     packed = write(tmp_path / "out", 5, samples_per_shard=1)
     assert [packed.read(i) for i in (0, 1, 2, 0, 4, 3)] == [image(i) for i in (0, 1, 2, 0, 4, 3)]
-    assert num_open_tars() == 2
+    assert num_open_in(tmp_path / "out") == 2
     del packed
-    assert num_open_tars() == 0
+    assert num_open_in(tmp_path / "out") == 0
 
 
 @pytest.mark.parametrize(
