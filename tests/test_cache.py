@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 from PIL import Image
 from web import Fault, served
 
-from trainer import cache, remote
+from trainer import cache, remote, remote_index
 from trainer.address import Url
 from trainer.augment import build_eval_transform, build_train_transform
 from trainer.cache import describe_source, open_data_set, read_together
@@ -356,6 +358,25 @@ def test_processes_with_room_for_two_shards_read_right_bytes_and_stay_below_the_
     data = limited(here, 2.5 * size)
     assert in_processes(web.url("/set"), data, 3) == [EXPECTED] * 3
     assert sum(path.stat().st_size for path in (here.cache_dir / "shards").iterdir()) <= 2.5 * size
+
+
+def test_who_waits_for_an_index_may_look_while_its_folder_goes(tmp_path):
+    folder, deadline = tmp_path / "arriving", time.monotonic() + 0.3
+
+    def come_and_go() -> None:
+        while time.monotonic() < deadline:
+            (folder / "index").mkdir(parents=True)
+            (folder / "index" / "index.json").write_bytes(b"12345")
+            folder.rename(tmp_path / "whole")
+            shutil.rmtree(tmp_path / "whole")
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    seen = set()
+    while time.monotonic() < deadline:
+        seen |= {str(part) for part in remote_index._progress(folder)}
+    other.join()
+    assert len(seen) > 2  # it was there, and it was not
 
 
 def test_who_waits_for_a_download_that_fails_is_told_why_and_does_not_try_as_long_again(web, here):

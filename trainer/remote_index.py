@@ -40,10 +40,7 @@ def fetch_index(url: Url, folder: Path, limit: int, name: str) -> Path:
     pointer = lock_path.with_suffix(".now")
     temporary = folder / "index" / f".{lock_path.name}"
 
-    def progress() -> Any:
-        return [progress_of(path) for path in temporary.rglob("*")]
-
-    with locked(lock_path, name, progress, LONGEST_SILENCE_SECONDS) as lock:
+    with locked(lock_path, name, lambda: _progress(temporary), LONGEST_SILENCE_SECONDS) as lock:
         if pointer.exists() and pointer.stat().st_mtime_ns >= asked_at:  # fetched while this process waited
             return folder / "index" / pointer.read_text()
         with lock.failure_told():
@@ -59,6 +56,11 @@ def fetch_index(url: Url, folder: Path, limit: int, name: str) -> Path:
         fresh.write_text(target.name)
         fresh.replace(pointer)
     return target
+
+
+def _progress(folder: Path) -> Any:
+    """Return something that changes as long as an index arrives in a folder, which may go at any moment."""
+    return [progress_of(path) for path in (index_path(folder), *(array_path(folder, a) for a in ARRAYS))]
 
 
 def _fetch_arrays(url: Url, folder: Path, limit: int, name: str) -> None:
