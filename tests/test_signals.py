@@ -1,6 +1,5 @@
 """Being told to stop, in processes of their own: what the first signal does, and the second."""
 
-import multiprocessing
 import signal
 import subprocess
 import sys
@@ -8,8 +7,6 @@ import time
 
 import pytest
 from launching import REPOSITORY
-
-from trainer.signals import SIGNALS, ignore_in_worker
 
 WAITING = """
 import sys, time
@@ -61,7 +58,7 @@ def test_a_second_signal_ends_a_process_at_once_even_in_a_collective() -> None:
 
 
 def test_handlers_are_given_back() -> None:
-    from trainer.signals import StopRequest
+    from trainer.signals import SIGNALS, StopRequest
 
     before = [signal.getsignal(number) for number in SIGNALS]
     with StopRequest() as stop:
@@ -73,24 +70,3 @@ def test_handlers_are_given_back() -> None:
             time.sleep(0.01)
     assert [signal.getsignal(number) for number in SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
-
-
-def read_for_ever(is_ready) -> None:
-    ignore_in_worker(0)
-    is_ready.set()
-    time.sleep(60)
-
-
-def test_a_worker_outlives_a_signal_to_all_and_ends_when_its_rank_tells_it() -> None:
-    context = multiprocessing.get_context("fork")
-    is_ready = context.Event()
-    worker = context.Process(target=read_for_ever, args=(is_ready,), daemon=True)
-    worker.start()
-    assert is_ready.wait(20)
-    for number in SIGNALS:
-        subprocess.run(["sh", "-c", f"kill -{number.value} {worker.pid}"], check=True)  # not from its rank
-    worker.join(0.2)
-    assert worker.is_alive()
-    worker.terminate()
-    worker.join(20)
-    assert worker.exitcode == 0

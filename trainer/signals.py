@@ -63,16 +63,10 @@ class StopRequest:
 def ignore_in_worker(_worker: int) -> None:
     """Let a process that reads data outlive a signal to the whole group: its rank still needs it.
 
-    It ends with its rank all the same, and when that one tells it: an interpreter that ends waits for it.
+    It ends with its rank all the same.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
-
-
-def _obey(rank: int) -> None:
-    while signal.sigwaitinfo(SIGNALS).si_pid != rank:
-        pass
-    os._exit(0)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _launcher() -> tuple[int, ...]:
