@@ -65,6 +65,9 @@ class Backbone(nn.Module):
     mean_C11: Tensor
     std_C11: Tensor
 
+    memory_format = torch.contiguous_format
+    """How pixels lie in memory when they enter the network; convolutions keep it to the end."""
+
     def __init__(
         self, network: nn.Module, neck: nn.Module, dim: int, mean: Sequence[float], std: Sequence[float]
     ) -> None:
@@ -77,7 +80,7 @@ class Backbone(nn.Module):
         """Return N x D embeddings of N x C x H x W uint8 images."""
         dtype = next(self.network.parameters()).dtype
         # Images arrive as decoders write them, channels last: the conversion turns them on the device.
-        floats_NCHW = images_NCHW.to(torch.float32, memory_format=torch.contiguous_format)
+        floats_NCHW = images_NCHW.to(torch.float32, memory_format=self.memory_format)
         x_NCHW = ((floats_NCHW - self.mean_C11.float()) / self.std_C11.float()).to(dtype)
         return self.neck(self.network(x_NCHW))
 
@@ -110,6 +113,8 @@ def build_backbone(config: BackboneConfig, group: ProcessGroup | None) -> Backbo
     mean = _per_channel(config.mean or defaults.get("mean", (0.5,)), config.channels)
     std = _per_channel(config.std or defaults.get("std", (0.5,)), config.channels)
     backbone = Backbone(network, _build_neck(config, width), config.embedding_dim or width, mean, std)
+    if config.channels_last:
+        backbone.memory_format = torch.channels_last
     if config.batch_norm == "global" and group is not None:
         use_global_statistics(backbone, group, activated=BatchNormAct2d)
     return backbone
