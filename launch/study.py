@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="for every row, last")
     parser.add_argument("--root", type=Path, default=Path("runs/studies"), help="folder of all studies")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="runs by name: 'coco-*-seed0'")
     parser.add_argument("--commands", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object per row on stdout")
     arguments = parser.parse_intermixed_args()
@@ -40,7 +41,7 @@ def main() -> None:
         for one in study.runs:
             print(shlex.join(command_of(study, one)))
         return
-    failed = run_study(study, arguments.parallel)
+    failed = run_study(study, arguments.parallel, only=arguments.only)
     if arguments.json:
         for line in summary(study, results_of(study)):
             print(json.dumps(line))

@@ -17,6 +17,7 @@ have a seed before the next one begins: the table compares them whenever a study
 """
 
 import csv
+import fnmatch
 import itertools
 import json
 import logging
@@ -119,14 +120,19 @@ def load_study(path: Path, root: Path, overrides: Sequence[str] = ()) -> Study:
     return study
 
 
-def run_study(study: Study, parallel: int = 1, execute: Execute | None = None) -> list[Run]:
+def run_study(study: Study, parallel: int = 1, execute: Execute | None = None, only: str = "*") -> list[Run]:
     """Run what is not finished, ``parallel`` at a time, and write the table after each; return what failed.
 
-    Told to stop by a signal it lets the runs in hand save and begins no other. Raises UserError, before
-    anything runs, for a finished run that had other settings. Main thread only.
+    ``only``: a pattern of the shell for the names of runs, such as ``mnist-*-seed0``; the table has all that
+    are finished. Told to stop by a signal it lets the runs in hand save and begins no other. Raises
+    UserError, before anything runs, for a finished run that had other settings, and for a pattern without
+    runs. Main thread only.
     """
-    waiting = [run for run in study.runs if not _is_finished(run, study)]
-    log.info("study %s: %d of %d runs to do", study.name, len(waiting), len(study.runs))
+    chosen = [run for run in study.runs if fnmatch.fnmatchcase(run.folder.name, only)]
+    if not chosen:
+        raise UserError(f"--only: no run matches {only!r}; the first is {study.runs[0].folder.name}")
+    waiting = [run for run in chosen if not _is_finished(run, study)]
+    log.info("study %s: %d of %d runs to do", study.name, len(waiting), len(chosen))
     one_at_a_time = threading.Lock()
 
     def do(numbered: tuple[int, Run]) -> Run | None:
