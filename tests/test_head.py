@@ -14,7 +14,7 @@ from ranks import run_on_ranks
 from torch import Tensor
 
 from trainer.distributed import World
-from trainer.head import ClassShard, CocoHead, SoftmaxHead, initial_rows
+from trainer.head import ClassShard, CocoHead, SoftmaxHead, initial_centroids, initial_rows
 from trainer.margins import CosineSoftmax
 
 NUM_RANKS = [1, 2, 3]
@@ -252,6 +252,31 @@ def test_initial_rows_are_the_same_matrix_for_any_number_of_ranks(num_classes: i
         assert torch.equal(torch.cat([initial_rows(5, shard, 8) for shard in shards]), whole_KD)
     # A row is a function of the class, not of how many there are.
     assert torch.equal(initial_rows(5, ClassShard(3, 6, num_classes), 8), whole_KD[3:6])
+
+
+@pytest.mark.parametrize("num_classes", [3, 10, 37])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_centroids_of_few_dimensions_begin_spread_the_same_on_any_number_of_ranks(
+    num_classes: int, dim: int
+) -> None:
+    rows_KD = initial_centroids(5, ClassShard(0, num_classes, num_classes), dim)
+    for ranks in (2, 3):
+        parts = [ClassShard.of_rank(num_classes, rank, ranks) for rank in range(ranks)]
+        assert torch.equal(torch.cat([initial_centroids(5, part, dim) for part in parts]), rows_KD)
+    torch.testing.assert_close(rows_KD.norm(dim=1), torch.ones(num_classes), rtol=1e-6, atol=0)
+    cosines_KK = (rows_KD @ rows_KD.T).fill_diagonal_(-1)
+    if dim == 2:
+        expected = math.cos(2 * math.pi / num_classes)
+        torch.testing.assert_close(cosines_KK.max(1).values, torch.full((num_classes,), expected))
+    else:  # of the angle between neighbours if the sphere were tiled by hexagons, which no set can reach
+        nearest = math.acos(float(cosines_KK.max().clamp(-1, 1)))
+        assert nearest > 0.7 * math.sqrt(8 * math.pi / (math.sqrt(3) * num_classes))
+    assert not torch.equal(initial_centroids(6, ClassShard(0, num_classes, num_classes), dim), rows_KD)
+
+
+def test_centroids_of_many_dimensions_begin_at_random() -> None:
+    shard = ClassShard(3, 9, 11)
+    assert torch.equal(initial_centroids(5, shard, 4), initial_rows(5, shard, 4))
 
 
 def test_initial_rows_across_the_border_of_two_keys_are_those_of_either_side() -> None:

@@ -175,7 +175,7 @@ class CocoHead(DenseHead):
     ) -> None:
         super().__init__(shard, group, shard.times(sub_centroids))
         self.loss, self.sub_centroids, self.label_smoothing = loss, sub_centroids, label_smoothing
-        self.centroids_CD = nn.Parameter(initial_rows(seed, self.row_shard, dim, row_type))
+        self.centroids_CD = nn.Parameter(initial_centroids(seed, self.row_shard, dim, row_type))
         self._observed: list[tuple[Tensor, ...]] = []
 
     def forward(self, embeddings_ND: Tensor, labels_N: Tensor) -> HeadOutput:
@@ -394,3 +394,25 @@ def initial_rows(seed: int, shard: ClassShard, dim: int, row_type: torch.dtype =
         low, high = max(start, shard.start), min(start + _ROWS_PER_KEY, shard.stop)
         rows_CD[low - shard.start : high - shard.start] = block[low - start : high - start]
     return rows_CD
+
+
+def initial_centroids(
+    seed: int, shard: ClassShard, dim: int, row_type: torch.dtype = torch.float32
+) -> Tensor:
+    """Return C x D rows to begin with: random, but in 2 and 3 dimensions evenly spread, turned by the seed.
+
+    Random points crowd on a circle or a sphere, and a class that lies between two others has little way
+    around them. 2: equal angles. 3: the Fibonacci sphere. Each row is a function of (seed, class, number of
+    classes).
+    """
+    if dim not in (2, 3):
+        return initial_rows(seed, shard, dim, row_type)
+    k_C1 = torch.arange(shard.start, shard.stop, dtype=torch.float64)[:, None] + 0.5
+    turns_C1 = k_C1 / shard.num_classes if dim == 2 else k_C1 * (3 - 5**0.5) / 2
+    points_CD = torch.cat([torch.cos(2 * torch.pi * turns_C1), torch.sin(2 * torch.pi * turns_C1)], dim=1)
+    if dim == 3:
+        height_C1 = 1 - 2 * k_C1 / shard.num_classes
+        points_CD = torch.cat([points_CD * (1 - height_C1.square()).sqrt(), height_C1], dim=1)
+    turn_DD = torch.linalg.qr(initial_rows(seed, ClassShard(0, dim, dim), dim).double()).Q
+    # Not a matrix product, whose rounding may depend on the number of rows.
+    return (points_CD[:, :, None] * turn_DD).sum(1).to(row_type)
