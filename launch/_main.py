@@ -1,8 +1,10 @@
 """How every entry point ends: 0 when done, 2 with one line for what the user can mend, 1 for the rest."""
 
 import atexit
+import contextlib
 import logging
 import os
+import select
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +13,8 @@ from trainer.address import without_credentials
 from trainer.errors import UserError
 
 _PATIENCE_SECONDS = 3.0
+_READER_GONE = 141
+"""What a shell says of a program whose reader has gone, as in ``... | head``."""
 
 
 def run(main: Callable[[], object]) -> None:
@@ -32,16 +36,26 @@ def run(main: Callable[[], object]) -> None:
         code = 2
     except KeyboardInterrupt:
         code = 130
-    except Exception:
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            os._exit(_READER_GONE)
         logging.getLogger("trainer").exception("rank %d failed", rank)
         time.sleep(_PATIENCE_SECONDS)
         code = 1
     if not code:
         atexit._run_exitfuncs()
     logging.shutdown()
-    sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
     sys.stderr.flush()
     # The interpreter is not taken apart. After a failure the destructors of process groups and worker pools
     # could wait for ranks that are gone. And after success: a thread of gloo that lets go of the last tensor
     # only now asks for the interpreter's lock, is ended in the middle of C++, and aborts a run that was done.
     os._exit(code)
+
+
+def _nobody_reads() -> bool:
+    """Return whether stdout is a pipe without a reader."""
+    watched = select.poll()
+    watched.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in watched.poll(0))
