@@ -24,7 +24,7 @@ from trainer.distributed import World, require_memory
 from trainer.engine import compute_dtype
 from trainer.errors import UserError
 from trainer.feed import build_batches, open_training_data, require_same_data, with_derived_fields
-from trainer.head import ClassShard, initial_rows
+from trainer.head import ClassShard, initial_centroids
 from trainer.joint import StepOutput
 from trainer.optimizer import build_optimizer, parameter_groups
 from trainer.scale import scale_of
@@ -165,7 +165,7 @@ class _AllCentroids(nn.Module):
         what = f"--against plain: {num_classes} x {backbone.dim} on every rank"
         require_memory(num_classes * backbone.dim * 4 * 5, world, what)  # gradient, moments, normalised copy
         self.backbone = backbone.to(world.device)
-        rows_KD = initial_rows(config.seed, ClassShard(0, num_classes, num_classes), backbone.dim)
+        rows_KD = initial_centroids(config.seed, ClassShard(0, num_classes, num_classes), backbone.dim)
         self.centroids_KD = nn.Parameter(rows_KD.to(world.device))
         self.scale = scale_of(config.head.scale, num_classes)
 

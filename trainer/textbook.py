@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from trainer.collectives import gather_batch, max_over, sum_over
-from trainer.head import ClassShard, initial_rows, own_targets
+from trainer.head import ClassShard, initial_centroids, own_targets
 
 
 class TextbookHead(nn.Module):
@@ -26,7 +26,7 @@ class TextbookHead(nn.Module):
     ) -> None:
         super().__init__()
         self.shard, self.scale, self.product_type, self.group = shard, scale, product_type, group
-        self.centroids_CD = nn.Parameter(initial_rows(0, shard, dim))
+        self.centroids_CD = nn.Parameter(initial_centroids(0, shard, dim))
         self.optimizer = torch.optim.SGD([self.centroids_CD], lr=0.1, momentum=0.9, fused=True)
 
     def step(self, embeddings_ND: Tensor, labels_N: Tensor) -> Tensor:
