@@ -7,6 +7,7 @@ INSTALLED := $(VENV)/.installed
 UV := $(VENV)/uv/bin/uv
 DOCKER ?= docker
 VARIANT ?= cuda
+TAG ?= $(VARIANT)
 # On CPU everywhere, so that the demo is the same on a laptop and beside GPUs.
 DEMO := DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_gpus 2 launch/train.py
 
@@ -42,8 +43,8 @@ test: setup ## the whole test suite, on CPU, in two processes
 test-cluster: setup ## training on several hosts, made of namespaces, for real; root on Linux, else skips
 	$(BIN)/pytest -rs tests/cluster/test_hosts.py
 
-docker: ## the image coco-trainer:$(VARIANT), VARIANT=cuda or cpu; BASE_IMAGE and DOCKER_OPTIONS as you like
-	DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --tag coco-trainer:$(VARIANT) \
+docker: ## the image coco-trainer:$(TAG), VARIANT=cuda or cpu; TAG, BASE_IMAGE, DOCKER_OPTIONS as you like
+	DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --tag coco-trainer:$(TAG) \
 	  --build-arg VARIANT=$(VARIANT) --build-arg GIT_REVISION=$$(git describe --always --dirty --abbrev=40) \
 	  --build-arg LOCK_SHA256=$$(sha256sum requirements.lock | cut -c1-64) \
 	  $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) $(DOCKER_OPTIONS) .

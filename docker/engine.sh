@@ -10,7 +10,7 @@
 #   docker/engine.sh clean       down, and remove everything, memory too
 #
 # Root, Linux, Debian's packages docker.io and debootstrap (docker/apt-engine.txt). It changes nothing outside
-# $ENGINE: no bridge, no iptables rules. DOCKER_HOST=unix://$ENGINE/docker.sock talks to it.
+# $ENGINE: no bridge but those of networks that one asks it for, no iptables rules. DOCKER_HOST=unix://$ENGINE/docker.sock talks to it.
 set -euo pipefail
 
 ENGINE=${ENGINE:-$HOME/.cache/coco-trainer/engine}
@@ -25,7 +25,8 @@ up() {
     mount -t tmpfs -o "size=$ENGINE_MEMORY,mode=711" engine "$ENGINE"
   fi
   setsid dockerd --data-root "$ENGINE/data" --exec-root "$ENGINE/exec" --pidfile "$ENGINE/dockerd.pid" \
-    --host "$DOCKER_HOST" --iptables=false --ip6tables=false --bridge=none --storage-driver=overlay2 \
+    --host "$DOCKER_HOST" --iptables=false --ip6tables=false --ip-forward=false --bridge=none \
+    --storage-driver=overlay2 \
     >"$ENGINE/dockerd.log" 2>&1 </dev/null &
   for _ in $(seq 100); do
     $DOCKER version >/dev/null 2>&1 && return

@@ -3,19 +3,21 @@
 Uses the engine that answers, or starts one by docker/engine.sh (root), with stand-ins for base images where
 no registry can be reached. An image of VARIANT=cuda (the default) takes 7 GB, 9 GB while it is built; with an
 engine of its own the first is removed before the second is built. ENGINE_MEMORY=9g keeps all of it in memory,
-REBUILD=0 builds only once.
+REBUILD=0 builds only once. `pytest -m nightly tests/cluster/test_docker.py` runs `make test` inside.
 """
 
 import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -40,32 +42,53 @@ class Docker:
         self.environment = {**os.environ, "DOCKER_BUILDKIT": "1", **environment}
 
     def __call__(self, *arguments: str, seconds: float = 1800) -> str:
+        return self.run(self.program, *arguments, seconds=seconds)
+
+    def run(self, *command: str, seconds: float, **variables: str) -> str:
         done = subprocess.run(
-            [self.program, *arguments],
-            cwd=REPOSITORY, env=self.environment, capture_output=True, text=True, timeout=seconds,
+            command,
+            cwd=REPOSITORY, env=self.environment | variables, capture_output=True, text=True, timeout=seconds,
         )  # fmt: skip
-        assert done.returncode == 0, (
-            f"docker {' '.join(arguments)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        )
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
         return done.stdout
 
-    def build(self, tag: str, *more: str) -> None:
+    def compose(self, *arguments: str, **variables: str) -> str:
+        """Run Compose, the client's plugin or a program of its own, on docker/compose.yaml."""
+        plugin = (self.program, "compose")
+        if not subprocess.run([*plugin, "version"], capture_output=True).returncode:
+            program = plugin
+        elif shutil.which("docker-compose"):
+            program = ("docker-compose",)
+        else:
+            give_up("no Docker Compose: apt-get install docker-compose (all: docker/apt-engine.txt)")
+        command = (*program, "--project-name", "coco-trainer-test", "-f", "docker/compose.yaml", *arguments)
+        return self.run(*command, seconds=300, **variables)
+
+    def build(self, image: str, *more: str) -> None:
         """Build by the Makefile's own line."""
-        options = " ".join((*self.options, f"--tag {tag}", *more))
+        options = " ".join((*self.options, *more))
+        tag = f"TAG={image.partition(':')[2]}"
         subprocess.run(
-            ["make", "docker", f"DOCKER={self.program}", f"DOCKER_OPTIONS={options}"],
+            ["make", "docker", tag, f"DOCKER={self.program}", f"DOCKER_OPTIONS={options}"],
             cwd=REPOSITORY, env=self.environment, check=True, timeout=3000,
         )  # fmt: skip
 
-    def forget(self, tag: str) -> None:
-        """Remove an image, and with an engine of this test's own what its build has kept."""
-        self("image", "rm", tag, f"coco-trainer:{VARIANT}")
+    def forget(self, *images: str) -> None:
+        """Remove images, and with an engine of this test's own what their builds have kept."""
+        self("image", "rm", *images)
         if self.is_own:
             self("image", "prune", "--force")
             self("builder", "prune", "--all", "--force")
 
     def in_image(self, *command: str, options: tuple[str, ...] = HARDENED) -> str:
         return self("run", "--rm", *options, IMAGE, *command)
+
+
+def give_up(reason: str) -> NoReturn:
+    """Skip with the reason, or fail where the tests are required to run (REQUIRE_DOCKER=1)."""
+    if os.environ.get("REQUIRE_DOCKER") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
@@ -76,10 +99,7 @@ def docker() -> Iterator[Docker]:
         return
     for program, package in (("dockerd", "docker.io"), ("debootstrap", "debootstrap")):
         if os.geteuid() != 0 or not shutil.which(program):
-            reason = f"no Docker engine answers, and to start one needs root and Debian's {package}"
-            if os.environ.get("REQUIRE_DOCKER") == "1":
-                pytest.fail(reason)
-            pytest.skip(reason)
+            give_up(f"no Docker engine answers, and to start one needs root and Debian's {package}")
     environment = os.environ | {"ENGINE": str(ENGINE)}
     for command in (["up"], ["base", BASE], ["serve"]):
         subprocess.run(["docker/engine.sh", *command], cwd=REPOSITORY, env=environment, check=True)
@@ -192,54 +212,57 @@ def losses(root: Path) -> torch.Tensor:
     return torch.tensor([line["train/loss"] for line in read_metrics(root / "demo")], dtype=torch.float64)
 
 
-def mounted(digits: Path, runs: Path) -> tuple[str, ...]:
-    """Return the options of a container that reads data and writes runs on this machine's disk."""
-    runs.mkdir()
-    runs.chmod(0o777)  # the user of the image is nobody here
+@pytest.fixture
+def runs(digits: Path, tmp_path: Path) -> Path:
+    """A folder that can be written, beside data that can be read, by the user of the image: nobody here."""
     digits.chmod(0o755)
-    variables = ("--env=OMP_NUM_THREADS=1", "--env=DS_ACCELERATOR=cpu")
-    return (*HARDENED, f"--volume={digits}:/app/data:ro", f"--volume={runs}:/app/runs", *variables)
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    folder.chmod(0o777)
+    return folder
 
 
 def test_the_same_run_gives_the_same_curve_inside_and_outside(
-    docker: Docker, image: str, digits: Path, outside: torch.Tensor, tmp_path: Path
+    docker: Docker, image: str, digits: Path, outside: torch.Tensor, runs: Path
 ) -> None:
-    options = mounted(digits, tmp_path / "runs")
+    folders = (f"--volume={digits}:/app/data:ro", f"--volume={runs}:/app/runs")
+    options = (*HARDENED, *folders, "--env=OMP_NUM_THREADS=1", "--env=DS_ACCELERATOR=cpu")
     docker.in_image("python", "launch/train.py", *arguments("data", "runs"), options=options)
-    inside = losses(tmp_path / "runs")
+    inside = losses(runs)
     assert len(inside) == STEPS
     assert torch.equal(inside, outside)
 
 
-def test_two_containers_train_together_on_a_cable_of_their_own(
-    docker: Docker, image: str, digits: Path, outside: torch.Tensor, tmp_path: Path
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_compose_trains_on_one_host_and_on_two_that_follow_the_same_curve(
+    docker: Docker, image: str, digits: Path, outside: torch.Tensor, runs: Path, hosts: int
 ) -> None:
-    """As docker/compose.yaml has it, but connected by hand: the engine of this test has no networks."""
-    if not docker.is_own:
-        pytest.skip("connecting containers needs root and an engine on this machine")
-    addresses = {"node1": "10.78.0.1", "node2": "10.78.0.2"}
-    options = (
-        *mounted(digits, tmp_path / "runs"), *(f"--add-host={n}:{a}" for n, a in addresses.items()),
-        "--env=NODES=2", "--env=GPUS=1", "--env=FIRST_HOST=node1", "--env=GLOO_SOCKET_IFNAME=eth0",
-    )  # fmt: skip
-    wait = 'until [ -e runs/connected ]; do sleep 0.1; done; exec launch/cluster/torchrun.sh "$@"'
-    command = (IMAGE, "bash", "-c", wait, "torchrun.sh", *arguments("data", "runs"))
-    both = [docker("run", "--detach", f"--hostname={n}", *options, *command).strip() for n in addresses]
+    recipe = arguments("data", "runs")
+    variables = {"IMAGE": image, "DATA": str(digits), "RUNS": str(runs), "ARGUMENTS": shlex.join(recipe)}
     try:
-        pids = [docker("inspect", "--format", "{{.State.Pid}}", one).strip() for one in both]
-        ends = ("netns", pids[0], "type", "veth", "peer", "name", "eth0", "netns", pids[1])
-        subprocess.run(["ip", "link", "add", "eth0", *ends], check=True)
-        for pid, address in zip(pids, addresses.values(), strict=True):
-            inside = ("nsenter", "--target", pid, "--net", "ip")
-            subprocess.run([*inside, "addr", "add", f"{address}/24", "dev", "eth0"], check=True)
-            subprocess.run([*inside, "link", "set", "eth0", "up"], check=True)
-        (tmp_path / "runs" / "connected").touch()
-        codes = [docker("wait", one, seconds=300).strip() for one in both]
-        assert codes == ["0", "0"], [docker("logs", "--tail", "30", one) for one in both]
+        if hosts == 1:
+            docker.compose("run", "--rm", "-e", "OMP_NUM_THREADS=1", "train", *recipe, **variables)
+        else:
+            told = docker.compose("--profile", "two", "up", "--no-color", **variables)
+            both = docker.compose("--profile", "two", "ps", "-a", "-q", **variables).split()
+            codes = [docker("inspect", "--format", "{{.State.ExitCode}}", one).strip() for one in both]
+            assert codes == ["0", "0"], told[-4000:]
     finally:
-        docker("rm", "--force", *both)
-    # float32 sums in another order
-    torch.testing.assert_close(losses(tmp_path / "runs"), outside, rtol=1e-4, atol=0)
+        docker.compose("--profile", "two", "down", **variables)
+    # float32 sums of two hosts come in another order
+    torch.testing.assert_close(losses(runs), outside, rtol=0 if hosts == 1 else 1e-4, atol=0)
+
+
+@pytest.mark.nightly
+def test_make_test_passes_inside(docker: Docker, image: str) -> None:
+    """All tests, with no more than a slim image has, on a read-only file system without network."""
+    docker.build(f"{IMAGE}-stage", "--target test")
+    writable = ("--tmpfs=/tmp:mode=1777,size=4g,exec", "--shm-size=1g")
+    options = ("--network=none", "--read-only", *writable)
+    told = docker("run", "--rm", *options, f"{IMAGE}-stage", "make", "test", seconds=3600)
+    docker("image", "rm", f"{IMAGE}-stage")
+    print(told[-500:])
+    assert re.search(r"^\d{4,} passed", told, re.M)
 
 
 def test_the_tests_run_inside(docker: Docker, image: str) -> None:
