@@ -10,7 +10,8 @@
 #   docker/engine.sh clean       down, and remove everything, memory too
 #
 # Root, Linux, Debian's packages docker.io and debootstrap (docker/apt-engine.txt). It changes nothing outside
-# $ENGINE: no bridge but those of networks that one asks it for, no iptables rules. DOCKER_HOST=unix://$ENGINE/docker.sock talks to it.
+# $ENGINE: no iptables rules, no bridge but those of networks that one asks it for.
+# DOCKER_HOST=unix://$ENGINE/docker.sock talks to it.
 set -euo pipefail
 
 ENGINE=${ENGINE:-$HOME/.cache/coco-trainer/engine}
