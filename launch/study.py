@@ -33,12 +33,12 @@ def main() -> None:
     if arguments.parallel < 1:
         parser.error("--parallel: at least 1")
 
-    from trainer.study import command_of, load_study, results_of, run_study, summary, write_table
+    from trainer.study import command_of, load_study, results_of, run_study, runs_named, summary, write_table
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     study = load_study(arguments.study, arguments.root, arguments.overrides)
     if arguments.commands:
-        for one in study.runs:
+        for one in runs_named(study, arguments.only):
             print(shlex.join(command_of(study, one)))
         return
     failed = run_study(study, arguments.parallel, only=arguments.only)

@@ -80,6 +80,24 @@ def test_networks_of_the_papers_have_their_widths_and_parameters(
     assert num_parameters(backbone) == parameters
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_last_reaches_the_convolutions_and_changes_no_embedding(
+    channels: int, group: ProcessGroup
+) -> None:
+    plain, last = (
+        build_backbone(config_of(name="preact_resnet", channels=channels, channels_last=on), group).eval()
+        for on in (False, True)
+    )
+    last.load_state_dict(plain.state_dict())
+    seen: list[bool] = []
+    last.network.blocks[-1].register_forward_hook(
+        lambda _module, _inputs, y: seen.append(y.is_contiguous(memory_format=torch.channels_last))
+    )
+    images = pixels(channels, 28)
+    torch.testing.assert_close(last(images), plain(images), rtol=1e-5, atol=1e-6)
+    assert seen == [True]
+
+
 def test_a_linear_prelu_neck_ends_in_a_slope_per_dimension(group: ProcessGroup) -> None:
     neck = build_backbone(config_of(neck="linear_prelu", embedding_dim=3), group).neck
     assert [type(layer).__name__ for layer in neck] == ["Dropout", "Linear", "PReLU"]

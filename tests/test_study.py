@@ -18,7 +18,16 @@ from scipy.stats import t as t_distribution
 
 from trainer.errors import UserError
 from trainer.options import load
-from trainer.study import Study, command_of, load_study, results_of, run_study, summary, write_table
+from trainer.study import (
+    Study,
+    command_of,
+    load_study,
+    results_of,
+    run_study,
+    runs_named,
+    summary,
+    write_table,
+)
 
 REPOSITORY = Path(__file__).parents[1]
 STUDIES = sorted((REPOSITORY / "configs" / "studies").glob("*.yaml"))
@@ -102,6 +111,7 @@ def test_runs_are_chosen_by_name_and_the_table_has_those_before(path: Path) -> N
     run_study(study, 1, trainer, "*-16-seed3")
     assert trainer.seen == ["coco-2-seed3", "coco-16-seed3", "softmax-16-seed3", "sum-16-seed3"]
     assert "| coco-2 |" in Path("runs/tiny/table.md").read_text()
+    assert [run.folder.name for run in runs_named(study, "sum-2-*")] == [f"sum-2-seed{n}" for n in (3, 4, 5)]
     with pytest.raises(UserError, match="--only: no run matches 'coco'; the first is coco-2-seed3"):
         run_study(study, 1, trainer, "coco")
 

@@ -205,8 +205,8 @@ class BackboneConfig:
     """Recompute activations in backward to save memory."""
 
     channels_last: bool = False
-    """Keep activations with their channels last in memory, the layout of tensor cores; on CPU, too, a small
-    network of convolutions becomes 1.3 times as fast. Networks without them gain nothing."""
+    """Keep activations with their channels last in memory, the layout of tensor cores; on CPU, too, small
+    networks of convolutions gain, others lose: docs/decisions.md."""
 
     neck: Literal["none", "linear", "linear_prelu", "bn_linear", "bn_linear_bn"] = "bn_linear"
     """Between the pooled output and the embedding: nothing; dropout and a linear layer; the same before a

@@ -123,14 +123,11 @@ def load_study(path: Path, root: Path, overrides: Sequence[str] = ()) -> Study:
 def run_study(study: Study, parallel: int = 1, execute: Execute | None = None, only: str = "*") -> list[Run]:
     """Run what is not finished, ``parallel`` at a time, and write the table after each; return what failed.
 
-    ``only``: a pattern of the shell for the names of runs, such as ``mnist-*-seed0``; the table has all that
-    are finished. Told to stop by a signal it lets the runs in hand save and begins no other. Raises
-    UserError, before anything runs, for a finished run that had other settings, and for a pattern without
-    runs. Main thread only.
+    ``only``: see ``runs_named``; the table has all that are finished. Told to stop by a signal it lets the
+    runs in hand save and begins no other. Raises UserError, before anything runs, for a finished run that had
+    other settings. Main thread only.
     """
-    chosen = [run for run in study.runs if fnmatch.fnmatchcase(run.folder.name, only)]
-    if not chosen:
-        raise UserError(f"--only: no run matches {only!r}; the first is {study.runs[0].folder.name}")
+    chosen = runs_named(study, only)
     waiting = [run for run in chosen if not _is_finished(run, study)]
     log.info("study %s: %d of %d runs to do", study.name, len(waiting), len(chosen))
     one_at_a_time = threading.Lock()
@@ -161,6 +158,14 @@ def run_study(study: Study, parallel: int = 1, execute: Execute | None = None, o
         failed = [run for run in pool.map(do, enumerate(waiting)) if run is not None]
     write_table(study)
     return failed
+
+
+def runs_named(study: Study, pattern: str) -> list[Run]:
+    """Return the runs whose names fit a pattern of the shell, ``mnist-*-seed0``. Raises UserError if none."""
+    found = [run for run in study.runs if fnmatch.fnmatchcase(run.folder.name, pattern)]
+    if not found:
+        raise UserError(f"--only: no run matches {pattern!r}; the first is {study.runs[0].folder.name}")
+    return found
 
 
 def command_of(study: Study, run: Run, port: int = _FIRST_PORT) -> list[str]:
