@@ -98,6 +98,28 @@ def test_channels_last_reaches_the_convolutions_and_changes_no_embedding(
     assert seen == [True]
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_in_training_weights_are_channels_last_too_and_change_no_gradient(
+    checkpointing: bool, group: ProcessGroup
+) -> None:
+    options = {"channels": 3, "image_size": 32, "gradient_checkpointing": checkpointing}
+    plain, last = (
+        build_backbone(config_of(name="resnet18", **options, channels_last=on), group).double()
+        for on in (False, True)
+    )
+    last.load_state_dict(plain.state_dict())
+    seen: list[bool] = []
+    last.network.layer1[0].conv1.register_forward_pre_hook(
+        lambda module, _inputs: seen.append(module.weight.is_contiguous(memory_format=torch.channels_last))
+    )
+    for backbone in (plain, last):
+        backbone(pixels(3, 32)).square().sum().backward()
+    assert seen[0]
+    for (name, a), b in zip(plain.named_parameters(), last.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6, msg=name)
+        assert b.is_contiguous(), "what the engine flattens keeps its own layout"
+
+
 def test_a_linear_prelu_neck_ends_in_a_slope_per_dimension(group: ProcessGroup) -> None:
     neck = build_backbone(config_of(neck="linear_prelu", embedding_dim=3), group).neck
     assert [type(layer).__name__ for layer in neck] == ["Dropout", "Linear", "PReLU"]

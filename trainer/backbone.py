@@ -15,6 +15,7 @@ from timm.layers import BatchNormAct2d
 from timm.models import register_model
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.func import functional_call
 
 from trainer.batchnorm import use_global_statistics
 from trainer.config import BackboneConfig
@@ -82,7 +83,17 @@ class Backbone(nn.Module):
         # Images arrive as decoders write them, channels last: the conversion turns them on the device.
         floats_NCHW = images_NCHW.to(torch.float32, memory_format=self.memory_format)
         x_NCHW = ((floats_NCHW - self.mean_C11.float()) / self.std_C11.float()).to(dtype)
-        return self.neck(self.network(x_NCHW))
+        return self.neck(functional_call(self.network, self._weights_of_the_layout(), x_NCHW))
+
+    def _weights_of_the_layout(self) -> dict[str, Tensor]:
+        """Return the convolutions' weights in the layout of the pixels: turned once here, not by every pass.
+
+        They can't be kept so: the engine holds parameters as views of flat buffers. Empty where all is equal.
+        """
+        if not self.training or self.memory_format is torch.contiguous_format:
+            return {}
+        weights = self.network.named_parameters()
+        return {name: w.contiguous(memory_format=self.memory_format) for name, w in weights if w.ndim == 4}
 
 
 def build_backbone(config: BackboneConfig, group: ProcessGroup | None) -> Backbone:
