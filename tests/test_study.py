@@ -150,8 +150,15 @@ def test_every_row_has_a_seed_before_the_next_seed_begins(path: Path) -> None:
 def test_a_finished_run_with_other_settings_stops_the_study(path: Path) -> None:
     run_study(load_study(path, Path("runs")), 1, Trainer())
     other = Trainer()
-    with pytest.raises(UserError, match=r"coco-2-seed3: was finished with other settings"):
+    with pytest.raises(UserError, match=r"coco-2-seed3: was finished with other settings \(optim.lr\)"):
         run_study(load_study(path, Path("runs"), ["optim.lr=2"]), 1, other)
+    assert other.seen == []
+
+
+def test_the_order_of_settings_means_nothing(path: Path) -> None:
+    run_study(load_study(path, Path("runs"), ["optim.lr=2", "head.scale=3"]), 1, Trainer())
+    other = Trainer()
+    run_study(load_study(path, Path("runs"), ["optim.lr=9", "head.scale=3", "optim.lr=2"]), 1, other)
     assert other.seen == []
 
 

@@ -140,7 +140,7 @@ def run_study(study: Study, parallel: int = 1, execute: Execute | None = None, o
         command, began = command_of(study, run, port=_FIRST_PORT + number % 1000), time.monotonic()
         code = (execute or partial(_choose_execute(study), stop))(command, run.folder / "study.log")
         seconds = _seconds_before(run) + time.monotonic() - began
-        record = {**_settings(run, study), "seconds": round(seconds, 1)}
+        record = {"settings": _settings(run, study), "seconds": round(seconds, 1)}
         (run.folder / "study.json").write_text(json.dumps(record, indent=1) + "\n")
         is_finished = not code and (run.folder / "done.json").exists()
         if stop.is_asked and not is_finished:
@@ -256,14 +256,19 @@ def _is_finished(run: Run, study: Study) -> bool:
         record = json.loads((run.folder / "study.json").read_text())
     except (OSError, ValueError):
         return False  # ended before it was recorded; training goes on from its last checkpoint, the end
-    settings = _settings(run, study)
-    if any(record.get(key) != value for key, value in settings.items()):
-        raise UserError(f"{run.folder}: was finished with other settings; remove it, or rename row or study")
+    before, now = record.get("settings", {}), _settings(run, study)
+    if other := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
+        raise UserError(
+            f"{run.folder}: was finished with other settings ({', '.join(other)}); remove it, or rename row "
+            "or study"
+        )
     return True
 
 
 def _settings(run: Run, study: Study) -> dict[str, Any]:
-    return {"base": str(study.base), "overrides": list(run.overrides), "ranks": study.ranks}
+    """Return what makes the run what it is, by field: the order of a study's file means nothing."""
+    changes = dict(text.split("=", 1) for text in run.overrides)
+    return {"base": str(study.base), "ranks": study.ranks, **changes}
 
 
 def _results(run: Run, study: Study) -> dict[str, float]:
