@@ -1,4 +1,4 @@
-"""Tell memory, traffic and time of a step for K classes on N GPUs, before renting them.
+"""Tell memory, checkpoints, traffic and time of a step for K classes on N GPUs, before renting them.
 
 python launch/plan.py --classes 100000000 --batch 8192 --backbone resnet50 --nodes 8 --gpus-per-node 8 \\
     --gpu h100
@@ -18,7 +18,8 @@ def main() -> None:
     """Read the command line, print the plan."""
     options = build_parser().parse_args()
     from trainer.headcost import read_profile
-    from trainer.plan import Job, check_gpu, count_backbone, plan, table  # torch: 5 s
+    from trainer.plan import Job, check_gpu, count_backbone  # torch: 5 s
+    from trainer.plansheet import plan, table
 
     check_gpu(options.gpu)
     job = Job(

@@ -15,6 +15,7 @@ from ranks import run_on_ranks
 
 import launch.plan
 from trainer.backbone import build_backbone
+from trainer.checkpoint import head_tensors
 from trainer.config import BackboneConfig, OptimConfig
 from trainer.distributed import World
 from trainer.errors import UserError
@@ -29,15 +30,15 @@ from trainer.plan import (
     Job,
     advice,
     available_bytes,
+    checkpoint,
     count_backbone,
     fits,
     largest_classes,
     memory,
-    plan,
     seconds,
-    table,
     traffic,
 )
+from trainer.plansheet import plan, table
 
 SMALL = HeadWork(
     classes=1001, dim=8, batch=4, ranks=2, state_dtype="float32", product_dtype="float32", optimizer="sgd",
@@ -100,6 +101,18 @@ def test_memory_by_parts_is_that_of_a_real_head(dtype: str):
             assert work.memory()[part] == max(found[part] for found in of_ranks), (work, part)
 
 
+def test_a_checkpoint_has_rows_and_backbone_with_their_state():
+    # 1 000 003 rows and their momentum; weights and momentum of 1 000 000 parameters
+    job = replace(JOB, classes=1_000_003, nodes=2)
+    backbone = 2 * 4 * 1_000_000
+    assert checkpoint(job)["on_disk"] == 2 * 4 * 512 * 1_000_003 + backbone
+    # 62 501 rows on the ranks with one more, 8 of which may share a host
+    assert checkpoint(job)["copy_per_host"] == 2 * 4 * 512 * 62_501 * 8 + backbone
+    # one number a row; its backbone has momentum all the same
+    adagrad = replace(job, optimizer="row_adagrad", state_dtype="bfloat16")
+    assert checkpoint(adagrad)["on_disk"] == (2 * 512 + 4) * 1_000_003 + backbone
+
+
 def real_bytes_of_all(world: World, works: list[HeadWork]) -> list[dict[str, int]]:
     return [real_bytes(world, work) for work in works]
 
@@ -122,6 +135,9 @@ def real_bytes(world: World, work: HeadWork) -> dict[str, int]:
     assert update is not None
     (workspace,) = head._workspaces.values()
     tile = [x for name, x in vars(workspace).items() if name[-3:] in ("_TD", "_TB", "_BD")]
+    saved = head_tensors(head, optimizer).values()
+    kept = [head.centroids_CD, *(x for x in optimizer.state[head.centroids_CD].values() if x.ndim)]
+    assert sum(x.nbytes for x in saved) == storage_bytes(kept), "what plan counts is what a checkpoint holds"
     noise = [update._noise_PD] if update._noise_PD is not None else []
     return {
         "rows": storage_bytes([head.centroids_CD]),

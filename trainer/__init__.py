@@ -34,6 +34,7 @@ level 4
     bench           what every protocol works with: model, embedded sets, figures with intervals
     benchmark       what the head costs on this machine, in time and memory
     feed            from a configuration to training data: opened, ordered, the same on all ranks
+    plansheet       the plan for programs and for people: one tree, one table
     study           one recipe, many rows and seeds: run what is missing, one table with a paired test
     log             what a run tells: console, metrics.jsonl, log.txt and W&B [wandb]
 level 3
@@ -44,7 +45,7 @@ level 3
     stream          batches from shards without an index: what it promises, and what not
     databench       what reading and decoding cost, beside webdataset and PIL
     fused           the head at its limit: no logits, no normalised copy, no dense gradient
-    plan            memory, traffic and time for K classes on N GPUs, before renting them
+    plan            memory, checkpoints, traffic and time for K classes on N GPUs, before renting them
     textbook        the class-parallel head as usually written: what the benchmark compares with
     engine          the backbone's engine, its configuration and its state [deepspeed]
     joint           one optimizer step of two parts: backbone inside the engine, head outside
