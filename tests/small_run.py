@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,11 @@ def make_run(
     name: str = "run",
     step: int = 7,
     backbone_name: str = "resnet10t",
+    loss: str = "coco",
+    matrices: Sequence[str] = ("centroids_CD",),
     **backbone: Any,
 ) -> Path:
-    """Write a run of one rank on a packed data set and return its folder."""
+    """Write a run of one rank on a packed data set and return its folder; ``loss`` has ``matrices``."""
     index = open_index(data, "data.train")
     config = from_dict(
         {
@@ -60,6 +63,7 @@ def make_run(
             "run": {"root": folder, "name": name},
             "backbone": {"name": backbone_name, "image_size": 32, "neck": "bn_linear_bn", "embedding_dim": 12}
             | backbone,
+            "loss": {"name": loss},
             "head": {"num_classes": index.num_classes},
             "optim": {"name": "adamw", "steps": step, "lr": 0.01},
             "engine": {"dtype": "float32"},
@@ -67,7 +71,7 @@ def make_run(
             "eval": {"classification": {"same": data}, "verification": {"pairs": data}, "batch_size": 8},
         }
     )
-    save_checkpoint(config, index, step)
+    save_checkpoint(config, index, step, matrices)
     run = config.run_folder
     (run / "config.yaml").write_text(dump(config))
     (run / "classes.json").write_text(json.dumps(list(index.class_names)))
@@ -91,8 +95,8 @@ def random_backbone(config: Config, seed: int = 5) -> Backbone:
     return backbone.eval()
 
 
-def save_checkpoint(config: Config, index: Index, step: int) -> Path:
-    """Save a checkpoint of one rank with random weights, rows and optimizer state."""
+def save_checkpoint(config: Config, index: Index, step: int, matrices: Sequence[str]) -> Path:
+    """Save a checkpoint of one rank with random weights, rows (of each matrix) and optimizer state."""
     backbone = random_backbone(config)
     state = backbone.state_dict(keep_vars=True)
     generator = torch.Generator().manual_seed(6)
@@ -104,9 +108,11 @@ def save_checkpoint(config: Config, index: Index, step: int) -> Path:
         for key in keys if is_parameter else ():
             tensors[f"optimizer.{key}.{name}"] = torch.zeros(value.shape)
     shard = ClassShard(0, index.num_classes, index.num_classes)
-    rows = {"parameter.centroids_CD": initial_rows(9, shard, backbone.dim) * 1.7}
-    for key in keys:
-        rows[f"optimizer.{key}.centroids_CD"] = torch.rand(len(shard), backbone.dim, generator=generator)
+    rows = {}
+    for i, matrix in enumerate(matrices):
+        rows[f"parameter.{matrix}"] = initial_rows(9 + i, shard, backbone.dim) * (1.7 + i)
+        for key in keys:
+            rows[f"optimizer.{key}.{matrix}"] = torch.rand(len(shard), backbone.dim, generator=generator)
     record = {
         "position": {"epoch": 2, "consumed": 4},
         "numbers": {"optimizer_steps": step},

@@ -84,6 +84,30 @@ def test_grown_classes_leave_the_old_ones_and_the_backbone_to_the_bit(root, tmp_
         torch.testing.assert_close(second_moment, old_rows[:, 2].mean(0))
 
 
+def test_every_matrix_of_a_sum_of_losses_gets_its_new_and_merged_rows(root, tmp_path):
+    """Rows of softmax, centres of center loss: directions of mean features, each as long as its own."""
+    matrices = ("parts.softmax.weight_CD", "parts.center.centres.rows_CD")
+    run = make_run(tmp_path, root / "old", name="sum", loss="center", matrices=matrices)
+    before = read_rows(open_trained(run).path, ClassShard(0, 5, 5))
+    change_classes("remap", run, root / "grown", tmp_path / "grown")
+    change_classes(
+        "merge", run, root / "fewer", tmp_path / "merged", renames={"ant": "eel", "cat": "eel", "dog": "eel"}
+    )
+    grown = read_rows(open_trained(tmp_path / "grown").path, ClassShard(0, 7, 7))
+    merged = read_rows(open_trained(tmp_path / "merged").path, ClassShard(0, 2, 2))
+    assert open_trained(tmp_path / "grown").class_names[1] == "ape"
+    for name in (f"parameter.{matrix}" for matrix in matrices):
+        old = before[name].double()
+        lengths = old.norm(dim=1)
+        new = grown[name][1].double()
+        torch.testing.assert_close(
+            new, mean_feature(root, "grown", "ape") * lengths.mean(), rtol=1e-5, atol=1e-6
+        )
+        parts = [0, 2, 3, 4]  # all but the bee
+        expected = F.normalize(F.normalize(old[parts]).mean(0), dim=0) * lengths[parts].mean()
+        torch.testing.assert_close(merged[name][1].double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_old_classes_keep_their_accuracy_when_classes_are_added(root, tmp_path):
     """Old cosines are equal, and the new rows, means of other photos, win no old image they should not."""
     change_classes("grow", root / "run", root / "grown", tmp_path / "new")

@@ -174,8 +174,7 @@ def change_rows(
     sub_centroids = config.head.sub_centroids
     gathered = _gather(trained, change, shard.times(sub_centroids), sub_centroids)
     is_new_C = torch.from_numpy(change.is_new[shard.start : shard.stop])
-    rows = gathered.tensors[rows_name(gathered.tensors, config.loss.judge)]
-    dim = rows.shape[1]
+    dim = gathered.tensors[rows_name(gathered.tensors, config.loss.judge)].shape[1]
     directions = F.normalize(initial_rows(config.seed, shard.times(sub_centroids), dim))
     if new_rows == "mean" and change.is_new.any():
         backbone = trained.build_backbone().to(world.device)
@@ -185,7 +184,9 @@ def change_rows(
         means = centroids_at(means_CD, sub_centroids, config.seed, shard).cpu()
         directions = torch.where(has_images[:, None], means, directions)
     is_new = is_new_C.repeat_interleave(sub_centroids)
-    rows[is_new] = (directions[is_new] * gathered.mean_length).to(rows.dtype)
+    for name, length in gathered.mean_lengths.items():
+        rows = gathered.tensors[name]
+        rows[is_new] = (directions[is_new] * length).to(rows.dtype)
     for name, value in gathered.means.items():
         gathered.tensors[name][is_new] = value.to(gathered.tensors[name].dtype)
     return gathered.tensors
@@ -195,8 +196,8 @@ def change_rows(
 class _Gathered:
     tensors: dict[str, Tensor]
     """Of this rank's new classes; new ones are zero so far."""
-    mean_length: float
-    """Of the old rows."""
+    mean_lengths: dict[str, float]
+    """Of the old rows of every matrix: a sum of losses has several."""
     means: dict[str, Tensor]
     """Over the old rows, of what a new one shall have like the others."""
 
@@ -212,30 +213,35 @@ def _gather(trained: Trained, change: Change, row_shard: ClassShard, sub_centroi
     is_merged = counts > 1
     tensors: dict[str, Tensor] = {}
     sums: dict[str, Tensor] = {}
-    length_sum, lengths = 0.0, torch.zeros(len(row_shard))
+    length_sums: dict[str, float] = {}
+    lengths: dict[str, Tensor] = {}
     for low, block in trained.stream_rows():
-        name_of_rows = rows_name(block, trained.config.loss.judge)
-        block_lengths = torch.linalg.vector_norm(block[name_of_rows].float(), dim=1)
-        length_sum += float(block_lengths.double().sum())
-        places = new_rows[low : low + len(block_lengths)] - row_shard.start
+        places = new_rows[low : low + len(next(iter(block.values())))] - row_shard.start
         own = is_kept[low : low + len(places)] & (places >= 0) & (places < len(row_shard))
         into = places[own]
-        lengths.index_add_(0, into, block_lengths[own])
         for name, values in block.items():
             if name.startswith(tuple(f"optimizer.{key}." for key in _TYPICAL)) or values.ndim == 1:
                 sums[name] = sums.get(name, 0) + values.double().sum(0)
-            values = values[own]
-            if name == name_of_rows:  # merged ones by direction, each counting the same
-                unit = F.normalize(values.float()).to(values.dtype)
-                values = torch.where(is_merged[into, None], unit, values)
+            own_values = values[own]
+            if _is_matrix(name, values):  # merged ones by direction, each counting the same
+                block_lengths = torch.linalg.vector_norm(values.float(), dim=1)
+                length_sums[name] = length_sums.get(name, 0.0) + float(block_lengths.double().sum())
+                lengths.setdefault(name, torch.zeros(len(row_shard))).index_add_(0, into, block_lengths[own])
+                unit = F.normalize(own_values.float()).to(values.dtype)
+                own_values = torch.where(is_merged[into, None], unit, own_values)
             target = tensors.setdefault(name, values.new_zeros(len(row_shard), *values.shape[1:]))
-            target.index_add_(0, into, values)
+            target.index_add_(0, into, own_values)
     for name, target in tensors.items():
-        if name == name_of_rows:
+        divisor = counts[is_merged].view(-1, *[1] * (target.ndim - 1))
+        if name in lengths:
             merged = F.normalize(target[is_merged].float())
-            target[is_merged] = (merged * (lengths / counts.clamp(min=1))[is_merged, None]).to(target.dtype)
+            target[is_merged] = (merged * (lengths[name][is_merged, None] / divisor)).to(target.dtype)
         else:
-            divisor = counts[is_merged].view(-1, *[1] * (target.ndim - 1))
             target[is_merged] = target[is_merged] / divisor
     means = {name: total / trained.num_rows for name, total in sums.items()}
-    return _Gathered(tensors, length_sum / trained.num_rows, means)
+    return _Gathered(tensors, {name: x / trained.num_rows for name, x in length_sums.items()}, means)
+
+
+def _is_matrix(name: str, values: Tensor) -> bool:
+    """Tell rows from their biases and from the optimizer's state."""
+    return name.startswith("parameter.") and values.ndim > 1
