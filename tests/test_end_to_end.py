@@ -1,6 +1,7 @@
 """Whole runs through the real launchers, as a user starts them."""
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -38,6 +39,9 @@ def test_deepspeed_on_two_ranks_learns_and_leaves_its_files(two_ranks: Path) -> 
         "step-00000024",
         "step-00000030",
     ]
+    log_text = (two_ranks / "log.txt").read_text()
+    assert re.search(r"^  ranks +2 on cpu, 2 on this host$", log_text, re.MULTILINE)
+    assert re.search(r"^  pixels +3 x 24 x 24, to which images are brought$", log_text, re.MULTILINE)
     last = read_metrics(two_ranks)[-1]
     assert sum(line["train/accuracy"] for line in read_metrics(two_ranks)[-5:]) / 5 > 0.8
     assert (

@@ -6,6 +6,7 @@ import sys
 from importlib.metadata import version
 from typing import Any
 
+from trainer.backbone import image_size_of
 from trainer.cache import describe_source
 from trainer.config import Config
 from trainer.distributed import World
@@ -20,12 +21,14 @@ def run_sheet(config: Config, world: World, data: TrainingData, head: Any, start
     """Return title -> text of every line; the head's line is of this rank."""
     optim, dim = config.optim, next(head.parameters()).shape[1]
     engine, batch = config.engine, config.data.batch_size
+    side = image_size_of(config.backbone)
     micro_batch = batch // (world.size * engine.accumulation_steps)
     index = data.index if isinstance(data.index, Index) else None
     sheet = {
         "run": str(config.run_folder),
         "ranks": f"{world.size} on {world.device.type}, {world.local_size} on this host",
         "backbone": f"{config.backbone.name}, {compute_dtype(config, world)}, ZeRO {engine.zero_stage}",
+        "pixels": f"{config.backbone.channels} x {side} x {side}, to which images are brought",
         "head": f"{config.loss.name}, {head.shard.num_classes} classes x {dim}" + _how(config, head, world),
         "head per rank": f"{len(head.shard)} classes, "
         f"{head_bytes(config, len(head.shard), dim) / 2**20:.1f} MiB with optimizer state",
