@@ -83,17 +83,19 @@ class Backbone(nn.Module):
         # Images arrive as decoders write them, channels last: the conversion turns them on the device.
         floats_NCHW = images_NCHW.to(torch.float32, memory_format=self.memory_format)
         x_NCHW = ((floats_NCHW - self.mean_C11.float()) / self.std_C11.float()).to(dtype)
-        return self.neck(functional_call(self.network, self._weights_of_the_layout(), x_NCHW))
+        return self.neck(self._features(x_NCHW))
 
-    def _weights_of_the_layout(self) -> dict[str, Tensor]:
-        """Return the convolutions' weights in the layout of the pixels: turned once here, not by every pass.
+    def _features(self, x_NCHW: Tensor) -> Tensor:
+        """Run the network; channels last, the weights of convolutions are turned once before it trains.
 
-        They can't be kept so: the engine holds parameters as views of flat buffers. Empty where all is equal.
+        Every pass would turn them else. They can't be kept so: the engine holds parameters as views of flat
+        buffers.
         """
         if not self.training or self.memory_format is torch.contiguous_format:
-            return {}
-        weights = self.network.named_parameters()
-        return {name: w.contiguous(memory_format=self.memory_format) for name, w in weights if w.ndim == 4}
+            return self.network(x_NCHW)
+        named = self.network.named_parameters()
+        weights = {name: w.contiguous(memory_format=self.memory_format) for name, w in named if w.ndim == 4}
+        return functional_call(self.network, weights, x_NCHW)
 
 
 def build_backbone(config: BackboneConfig, group: ProcessGroup | None) -> Backbone:
