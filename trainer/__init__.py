@@ -91,6 +91,7 @@ level 1
     recordio        InsightFace's .rec and .idx
     pickles         the pickles of foreign data sets, read without unpickling
     jobs            independent pieces of work in several processes
+    workers         processes that read data: forked, seen to live, not waited for without an end
     locks           locks that the processes of a node share, with an end to waiting
     remote          a remote file to a local one: whole and verified, or an error in bounded time
     elastic         start a run again with the hosts that are left

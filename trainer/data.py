@@ -26,7 +26,7 @@ from trainer.index import ShardStore
 from trainer.ledger import BadSample, Ledger
 from trainer.order import Order, Position, rank_positions, sample_key
 from trainer.samplers import PlainOrder, ShuffledOrder
-from trainer.signals import ignore_in_worker
+from trainer.workers import build_loader
 
 PADDING_LABEL = -1
 MAX_REPLACEMENTS = 20  # one after another, all bad: then the data is
@@ -108,6 +108,7 @@ def build_train_loader(
     ledger: Ledger | None = None,
     quarantine: frozenset[int] = frozenset(),
     with_digests: bool = False,
+    timeout_seconds: float = 600.0,
 ) -> Generator[tuple[Batch, Position], None, None]:
     """Return an endless iterator over steps: (this rank's batch, the position after the step).
 
@@ -130,7 +131,7 @@ def build_train_loader(
         with_digests=with_digests,
     )
     plan = _TrainPlan(order, global_batch, accumulation, rank, world_size, start)
-    batches = iter(build_loader(samples, plan, workers))
+    batches = iter(build_loader(samples, plan, workers, timeout_seconds))
     return _steps(batches, start, global_batch, order.num_positions, ledger)
 
 
@@ -143,6 +144,7 @@ def build_eval_loader(
     rank: int,
     world_size: int,
     workers: int,
+    timeout_seconds: float = 600.0,
 ) -> "EvalLoader":
     """Return this rank's share of one pass in the data set's order; ``batch_size`` images over all ranks.
 
@@ -152,7 +154,7 @@ def build_eval_loader(
     """
     samples = _EvalSamples(_Reader(index, transform, channels, rank, None))
     plan = _EvalPlan(index.num_samples, -(-batch_size // world_size), rank, world_size)
-    return EvalLoader(build_loader(samples, plan, workers))
+    return EvalLoader(build_loader(samples, plan, workers, timeout_seconds))
 
 
 class EvalLoader:
@@ -350,23 +352,6 @@ class _Images:
             self.images_NCHW = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
         self.images_NCHW[self._filled].copy_(image_CHW)
         self._filled += 1
-
-
-def build_loader(steps: Dataset[Any], plan: Any, workers: int) -> DataLoader[Any]:
-    """Return torch's loader for whole batches that workers make; ``plan`` is None for an IterableDataset."""
-    return DataLoader(
-        steps,
-        sampler=plan,
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=ignore_in_worker,
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),  # else the loader draws from the caller's
-    )
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def _digest(item: _Item, image_CHW: Tensor, label: int) -> int:

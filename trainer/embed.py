@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from trainer.augment import build_eval_transform
 from trainer.backbone import image_size_of
@@ -37,6 +37,7 @@ from trainer.decode import decode
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.imagesets import ImageSet, open_images
+from trainer.workers import build_loader
 
 Embed = Callable[[Tensor], Tensor]
 """uint8 images of this rank -> embeddings; must not need gradients."""
@@ -268,7 +269,7 @@ def _embedded(
 ) -> Iterator[Embedded]:
     """Yield every ``parts``-th batch of some rows, from batch ``part`` on."""
     batches = [rows[i : i + reading.batch_size] for i in range(0, len(rows), reading.batch_size)][part::parts]
-    for batch in _load(batches, images, reading):
+    for batch in build_loader(_Batches(images, reading), batches, min(reading.workers, len(batches))):
         if batch.failure:
             raise UserError(f"rank {world.rank}: {batch.failure}")
         if not len(batch.positions_B):
@@ -284,16 +285,6 @@ def _embedded(
                 f"rank {world.rank}: {wrong}: its embedding is not finite: the model has diverged"
             )
         yield Embedded(batch.positions_B.to(world.device), embeddings_BD)
-
-
-def _load(batches: list[range], images: ImageSet, reading: Reading) -> Iterable[_Loaded]:
-    return DataLoader(
-        _Batches(images, reading),
-        sampler=batches,  # type: ignore[arg-type]
-        batch_size=None,
-        num_workers=min(reading.workers, len(batches)),
-        generator=torch.Generator(),  # else the loader draws from the caller's
-    )
 
 
 def claim(out: Path, summary: dict[str, Any], class_names: Sequence[str]) -> str | None:

@@ -143,6 +143,7 @@ def build_batches(
         ledger=ledger,
         quarantine=read_quarantine(quarantine, data.index.find) if quarantine else frozenset(),
         with_digests=options.log_batch_digest,
+        timeout_seconds=config.engine.timeout_seconds,
     )
 
 
@@ -179,6 +180,7 @@ def _build_stream(
         workers=config.data.workers,
         start=start,
         epoch_images=data.num_samples,
+        timeout_seconds=config.engine.timeout_seconds,
     )
 
 
@@ -210,6 +212,7 @@ def build_eval_batches(config: Config, index: Samples, world: World) -> EvalLoad
         rank=world.rank,
         world_size=world.size,
         workers=config.data.workers,
+        timeout_seconds=config.engine.timeout_seconds,
     )
 
 

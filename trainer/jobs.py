@@ -4,10 +4,8 @@ Forked, so that what a piece needs is inherited and never copied or pickled; res
 ``fork`` is not safe (several threads hold locks) one process does the work.
 """
 
-import ctypes
 import multiprocessing
 import signal
-import sys
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -15,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from trainer.errors import UserError
+from trainer.signals import end_with_parent
 
 Result = TypeVar("Result")
 
 PROGRESS_SECONDS = 0.2
-_PR_SET_PDEATHSIG = 1
 
 _state: dict[str, Any] = {}
 """Of a child process: what it was forked to do."""
@@ -81,8 +79,7 @@ def _begin(work: Callable[[int], Any], done: Any) -> None:
     """Begin a child: a killed parent must not leave writers behind, and Ctrl-C is the parent's."""
     _state.update(work=work, done=done)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
 
 
 def _do(i: int) -> Any:

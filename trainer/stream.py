@@ -25,7 +25,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from trainer.address import Url
 from trainer.augment import Transform, seed_generators
-from trainer.data import Batch, Failure, batches_or_error, build_loader
+from trainer.data import Batch, Failure, batches_or_error
 from trainer.decode import decode
 from trainer.errors import UserError
 from trainer.order import Position, epoch_order, fold
@@ -33,6 +33,7 @@ from trainer.remote import stream
 from trainer.remote_index import fetch_head
 from trainer.shards import expand_braces, webdataset_samples
 from trainer.tars import IMAGE_EXTENSIONS, read_tar, require_end
+from trainer.workers import build_loader
 
 FIELD = "data.train"
 _FOR_STREAM = 4  # see trainer.order: no draw is used twice
@@ -86,6 +87,7 @@ def build_stream_loader(
     workers: int,
     start: Position,
     epoch_images: int,
+    timeout_seconds: float = 600.0,
 ) -> Generator[tuple[Batch, Position], None, None]:
     """Return an endless iterator over steps: (this rank's batch, the position after the step).
 
@@ -95,7 +97,7 @@ def build_stream_loader(
         raise UserError(f"data.batch_size is {global_batch}, which is not divisible by {world_size} ranks")
     stream = _Stream(source, transform, global_batch // world_size, rank, world_size, start)
     position = start.normalised(global_batch, epoch_images)
-    for batch in batches_or_error(iter(build_loader(stream, None, workers))):
+    for batch in batches_or_error(iter(build_loader(stream, None, workers, timeout_seconds))):
         position = position.advance(global_batch, epoch_images)
         yield batch, position
 

@@ -1,0 +1,130 @@
+"""Processes that read data live, or are forked again; one that is stuck is not waited for without an end."""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from multiprocessing import active_children
+from pathlib import Path
+
+import pytest
+from launching import REPOSITORY
+from torch.utils.data import Dataset
+
+from trainer import workers
+from trainer.workers import build_loader
+
+NUM_BATCHES = 3
+_forks: list[int] = []
+_stuck_forks = 0
+
+
+class Numbers(Dataset):
+    def __init__(self, slow: int | None = None) -> None:
+        self.slow = slow
+
+    def __getitem__(self, i: int) -> tuple[int, int]:
+        if i == self.slow:
+            time.sleep(1e4)
+        return i, os.getpid()
+
+
+def _count_fork() -> None:
+    _forks.append(1)
+
+
+def _stick() -> None:
+    """Within ``os.fork``, as a child that waits for a lock which nobody holds any more."""
+    if len(_forks) <= _stuck_forks:
+        time.sleep(1e4)
+
+
+os.register_at_fork(before=_count_fork, after_in_child=_stick)
+
+
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """Return how many of the next forks are to stick."""
+    monkeypatch.setattr(workers, "BORN_SECONDS", 0.5)
+    caplog.set_level(logging.WARNING, "trainer")
+
+    def begin(count: int) -> None:
+        _forks.clear()
+        monkeypatch.setitem(globals(), "_stuck_forks", count)
+
+    return begin
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_worker_stuck_in_its_fork_is_forked_again(stuck, caplog) -> None:
+    stuck(2)
+    before = open_files()
+    batches = list(build_loader(Numbers(), range(NUM_BATCHES), 2))
+    assert [i for i, _ in batches] == [0, 1, 2]
+    assert len({process for _, process in batches}) == 2
+    assert len(_forks) == 4
+    assert caplog.messages == ["a data worker was stuck in its fork for 0.5 s: forked again"] * 2
+    assert open_files() == before
+    with pytest.raises(ChildProcessError):  # neither a zombie nor a stuck one is left
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_host_where_no_fork_lives_is_an_error(stuck) -> None:
+    stuck(100)
+    with pytest.raises(RuntimeError, match=r"^6 forks of a data worker were stuck for 0\.5 s each$"):
+        list(build_loader(Numbers(), range(NUM_BATCHES), 1))
+
+
+def test_a_worker_that_does_not_return_a_batch_is_not_waited_for_without_an_end() -> None:
+    batches = iter(build_loader(Numbers(slow=1), range(NUM_BATCHES), 1, timeout_seconds=1))
+    assert next(batches)[0] == 0
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="timed out after 1"):
+        next(batches)
+    assert time.monotonic() - begin < 5
+    worker = active_children()
+    del batches
+    assert worker
+    assert not active_children()
+
+
+@pytest.mark.parametrize("end", ["sys.exit(3)", "os.kill(os.getpid(), 9)"])
+def test_a_stuck_worker_ends_with_its_rank(end: str) -> None:
+    code = f"""
+import os, sys, time
+from trainer.workers import build_loader
+
+class Stuck:
+    def __getitem__(self, i):
+        if i == 0:
+            return os.getpid()
+        time.sleep(1e4)
+
+batches = iter(build_loader(Stuck(), [0, 1], 1))
+print(next(batches), flush=True)
+{end}
+"""
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, timeout=60)
+    assert done.returncode in (3, -9)
+    while is_running(int(done.stdout)):
+        assert time.monotonic() - begin < 50
+        time.sleep(0.05)
+
+
+def is_running(process: int) -> bool:
+    try:
+        return "zombie" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_without_workers_batches_are_read_here() -> None:
+    assert list(build_loader(Numbers(), range(2), 0, timeout_seconds=1)) == [
+        (0, os.getpid()),
+        (1, os.getpid()),
+    ]
