@@ -91,7 +91,6 @@ level 1
     recordio        InsightFace's .rec and .idx
     pickles         the pickles of foreign data sets, read without unpickling
     jobs            independent pieces of work in several processes
-    workers         processes that read data: forked, seen to live, not waited for without an end
     locks           locks that the processes of a node share, with an end to waiting
     remote          a remote file to a local one: whole and verified, or an error in bounded time
     elastic         start a run again with the hosts that are left
@@ -105,6 +104,7 @@ level 0
     networks        networks of the papers that timm does not have
     scale           the scale alpha of the cosine softmax: its rules
     signals         being told to stop: a scheduler's signal, or a launcher that is gone
+    forks           child processes: forked until one lives, ended with their parent
     heartbeat       who is still there, and where: names the ranks that a failed run lost
     schedule        the learning rate by step
     regions         the parts of a person around the head, as they are cut out

@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from trainer.augment import Transform, random_state_kept, seed_generators
 from trainer.decode import decode
 from trainer.errors import UserError
+from trainer.forks import ForkUntilAlive
 from trainer.index import ShardStore
 from trainer.ledger import BadSample, Ledger
 from trainer.order import Order, Position, rank_positions, sample_key
 from trainer.samplers import PlainOrder, ShuffledOrder
-from trainer.workers import build_loader
+from trainer.signals import ignore_in_worker
 
 PADDING_LABEL = -1
 MAX_REPLACEMENTS = 20  # one after another, all bad: then the data is
@@ -352,6 +353,30 @@ class _Images:
             self.images_NCHW = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
         self.images_NCHW[self._filled].copy_(image_CHW)
         self._filled += 1
+
+
+def build_loader(
+    batches: Dataset[Any], plan: Any, workers: int, timeout_seconds: float = 600.0
+) -> DataLoader[Any]:
+    """Return torch's loader of whole batches that ``workers`` make; ``plan`` is None for an IterableDataset.
+
+    A batch that takes ``timeout_seconds`` raises RuntimeError: its worker is stuck.
+    """
+    return DataLoader(
+        batches,
+        sampler=plan,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=ignore_in_worker,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # else the loader draws from the caller's
+        timeout=timeout_seconds if workers else 0,
+        multiprocessing_context=ForkUntilAlive() if workers else None,
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _digest(item: _Item, image_CHW: Tensor, label: int) -> int:

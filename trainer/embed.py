@@ -33,11 +33,11 @@ from trainer.augment import build_eval_transform
 from trainer.backbone import image_size_of
 from trainer.collectives import concatenate_over, from_main, wait_for_all
 from trainer.config import Config
+from trainer.data import build_loader
 from trainer.decode import decode
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.imagesets import ImageSet, open_images
-from trainer.workers import build_loader
 
 Embed = Callable[[Tensor], Tensor]
 """uint8 images of this rank -> embeddings; must not need gradients."""

@@ -4,7 +4,6 @@ Forked, so that what a piece needs is inherited and never copied or pickled; res
 ``fork`` is not safe (several threads hold locks) one process does the work.
 """
 
-import multiprocessing
 import signal
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from trainer.errors import UserError
-from trainer.signals import end_with_parent
+from trainer.forks import ForkUntilAlive
 
 Result = TypeVar("Result")
 
@@ -47,7 +46,7 @@ class Jobs:
         """Return work(0) .. work(count - 1). A first exception ends it; pieces under way are finished."""
         if min(self.processes, count) <= 1:
             return [work(i) for i in range(count)]
-        context = multiprocessing.get_context("fork")
+        context = ForkUntilAlive()
         done = context.Value("q", 0)
         pool = ProcessPoolExecutor(min(self.processes, count), context, _begin, (work, done))
         with pool:
@@ -76,10 +75,9 @@ ONE_PROCESS = Jobs()
 
 
 def _begin(work: Callable[[int], Any], done: Any) -> None:
-    """Begin a child: a killed parent must not leave writers behind, and Ctrl-C is the parent's."""
+    """Begin a child: Ctrl-C is the parent's."""
     _state.update(work=work, done=done)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
 
 
 def _do(i: int) -> Any:

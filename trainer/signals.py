@@ -5,7 +5,6 @@ ends the process at once. Launchers pass on what their whole process group has g
 comes within two seconds of the first is its echo.
 """
 
-import ctypes
 import os
 import signal
 import sys
@@ -17,7 +16,6 @@ from typing import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _ECHO_SECONDS = 2.0
-_PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
@@ -69,12 +67,6 @@ def ignore_in_worker(_worker: int) -> None:
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def end_with_parent() -> None:
-    """Let the kernel kill this process when the thread that forked it has ended, however that came."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _launcher() -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from trainer.address import Url
 from trainer.augment import Transform, seed_generators
-from trainer.data import Batch, Failure, batches_or_error
+from trainer.data import Batch, Failure, batches_or_error, build_loader
 from trainer.decode import decode
 from trainer.errors import UserError
 from trainer.order import Position, epoch_order, fold
@@ -33,7 +33,6 @@ from trainer.remote import stream
 from trainer.remote_index import fetch_head
 from trainer.shards import expand_braces, webdataset_samples
 from trainer.tars import IMAGE_EXTENSIONS, read_tar, require_end
-from trainer.workers import build_loader
 
 FIELD = "data.train"
 _FOR_STREAM = 4  # see trainer.order: no draw is used twice

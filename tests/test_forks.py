@@ -1,4 +1,4 @@
-"""Processes that read data live, or are forked again; one that is stuck is not waited for without an end."""
+"""Forked processes live, or are forked again; one that is stuck is not waited for without an end."""
 
 import logging
 import os
@@ -12,8 +12,9 @@ import pytest
 from launching import REPOSITORY
 from torch.utils.data import Dataset
 
-from trainer import workers
-from trainer.workers import build_loader
+from trainer import forks
+from trainer.data import build_loader
+from trainer.jobs import Jobs
 
 NUM_BATCHES = 3
 _forks: list[int] = []
@@ -46,7 +47,7 @@ os.register_at_fork(before=_count_fork, after_in_child=_stick)
 @pytest.fixture
 def stuck(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     """Return how many of the next forks are to stick."""
-    monkeypatch.setattr(workers, "BORN_SECONDS", 0.5)
+    monkeypatch.setattr(forks, "BORN_SECONDS", 0.5)
     caplog.set_level(logging.WARNING, "trainer")
 
     def begin(count: int) -> None:
@@ -67,15 +68,23 @@ def test_a_worker_stuck_in_its_fork_is_forked_again(stuck, caplog) -> None:
     assert [i for i, _ in batches] == [0, 1, 2]
     assert len({process for _, process in batches}) == 2
     assert len(_forks) == 4
-    assert caplog.messages == ["a data worker was stuck in its fork for 0.5 s: forked again"] * 2
+    assert caplog.messages == ["a process was stuck in its fork for 0.5 s: forked again"] * 2
     assert open_files() == before
     with pytest.raises(ChildProcessError):  # neither a zombie nor a stuck one is left
         os.waitpid(-1, os.WNOHANG)
 
 
+def test_jobs_are_done_by_processes_that_live(stuck) -> None:
+    stuck(1)
+    done = Jobs(2).run(lambda i: (i, os.getpid()), 4)
+    assert [i for i, _ in done] == [0, 1, 2, 3]
+    assert os.getpid() not in {process for _, process in done}
+    assert len(_forks) == 3
+
+
 def test_a_host_where_no_fork_lives_is_an_error(stuck) -> None:
     stuck(100)
-    with pytest.raises(RuntimeError, match=r"^6 forks of a data worker were stuck for 0\.5 s each$"):
+    with pytest.raises(RuntimeError, match=r"^6 forks of a process were stuck for 0\.5 s each$"):
         list(build_loader(Numbers(), range(NUM_BATCHES), 1))
 
 
@@ -96,7 +105,7 @@ def test_a_worker_that_does_not_return_a_batch_is_not_waited_for_without_an_end(
 def test_a_stuck_worker_ends_with_its_rank(end: str) -> None:
     code = f"""
 import os, sys, time
-from trainer.workers import build_loader
+from trainer.data import build_loader
 
 class Stuck:
     def __getitem__(self, i):

@@ -1,0 +1,76 @@
+"""Child processes that share what their parent has: forked until one lives, and ended with their parent.
+
+A fork copies locks as other threads of the parent hold them. Python before 3.11.10 has one for its list of
+threads, which a thread of gloo takes when it lets go of a tensor, and a child may wait for it within
+``os.fork`` for ever (github.com/python/cpython/issues/112275): one in hundreds does on a busy host.
+"""
+
+import ctypes
+import logging
+import os
+import select
+import signal
+import sys
+from multiprocessing.context import ForkContext, ForkProcess
+from multiprocessing.popen_fork import Popen
+
+log = logging.getLogger("trainer")
+
+BORN_SECONDS = 10.0
+"""So long a child may take to its first instruction: it takes a millisecond."""
+_TRIES = 6
+_PR_SET_PDEATHSIG = 1
+
+
+class _Launch(Popen):
+    def terminate(self) -> None:
+        self.kill()
+
+    def _launch(self, process_obj: "_Child") -> None:  # type: ignore[override]
+        for _ in range(_TRIES):
+            born, process_obj.birth = os.pipe()
+            try:
+                super()._launch(process_obj)  # type: ignore[misc]
+            finally:
+                os.close(process_obj.birth)
+            seen = select.poll()
+            seen.register(born, select.POLLIN)
+            is_born = bool(seen.poll(1000 * BORN_SECONDS))  # the end of a child that died is seen too
+            os.close(born)
+            if is_born:
+                return
+            log.warning("a process was stuck in its fork for %g s: forked again", BORN_SECONDS)
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.close()
+        raise RuntimeError(f"{_TRIES} forks of a process were stuck for {BORN_SECONDS:g} s each")
+
+
+class _Child(ForkProcess):
+    birth: int
+
+    @staticmethod
+    def _Popen(process_obj: "_Child") -> Popen:  # type: ignore[override]
+        return _Launch(process_obj)
+
+    def _bootstrap(self, parent_sentinel: int | None = None) -> int:
+        os.write(self.birth, b"1")
+        os.close(self.birth)
+        _end_with_parent()
+        return super()._bootstrap(parent_sentinel)  # type: ignore[misc]
+
+
+def _end_with_parent() -> None:
+    """Let the kernel kill this process when the thread that forked it has ended, however that came."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class ForkUntilAlive(ForkContext):
+    """The context of ``multiprocessing`` and torch's loader that forks so.
+
+    What a child inherits by forking is never copied or pickled. It lives as long as the thread that forked it
+    at most, and is killed where others are asked to end: it may be stuck, or told to ignore that.
+    """
+
+    Process = _Child  # type: ignore[assignment]
