@@ -466,8 +466,8 @@ class EngineConfig:
     """Micro-batches per optimizer step; the global batch is divided among them."""
 
     timeout_seconds: Positive = 600.0
-    """A collective that waits longer ends every rank with an error that names the ranks it waited for; so
-    does a batch that a data worker has not read in this time."""
+    """A collective that waits longer ends every rank with an error that names the ranks it waited for.
+    A data worker that is stuck in a read for so long ends the run too."""
 
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not a number, on any rank: `stop` ends the run, `skip` leaves the step out

@@ -1,7 +1,6 @@
 """Independent pieces of work in several processes, with progress, that end with the process that asked.
 
-Forked, so that what a piece needs is inherited and never copied or pickled; results travel back. Where
-``fork`` is not safe (several threads hold locks) one process does the work.
+Forked, so that what a piece needs is inherited and never copied or pickled; results travel back.
 """
 
 import signal
