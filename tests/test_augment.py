@@ -118,6 +118,20 @@ def test_affine_is_the_one_of_torchvision_away_from_the_edge(degrees, scale):
     assert (result.int() - pixels_CHW.int()).abs().max() > 10
 
 
+def test_a_shift_alone_moves_whole_pixels_and_repeats_the_edge():
+    pixels_CHW = torch.from_numpy(noise(3, 12, 16))
+    transform = build_train_transform(image_size=12, shift_fraction=0.25)
+    square_CHW = build_eval_transform(image_size=12)(pixels_CHW)
+    padded_CHW = torch.nn.functional.pad(square_CHW.float(), (3, 3, 3, 3), mode="replicate").to(torch.uint8)
+    places = {(y, x): padded_CHW[:, y : y + 12, x : x + 12] for y in range(7) for x in range(7)}
+    seen = set()
+    for key in range(1000):
+        seed_generators(key)
+        moved_CHW = transform(pixels_CHW)
+        seen |= {place for place, expected in places.items() if torch.equal(moved_CHW, expected)}
+    assert seen == set(places)
+
+
 def test_shift_reaches_its_fraction_and_no_further():
     dot_CHW = torch.zeros(1, 41, 41, dtype=torch.uint8)
     dot_CHW[0, 20, 20] = 255

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from trainer.backbone import Backbone, build_backbone, image_size_of
 from trainer.config import BackboneConfig
 from trainer.errors import UserError
+from trainer.networks import PReLU
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,7 @@ def test_lenetpp_takes_other_sizes(side: int, last: int, group: ProcessGroup) ->
             512,
             9 * (3 * 64 + 64 * 128 + 2 * 128**2 + 128 * 256 + 256 * 512 + 2 * 512**2) + 4480,
         ),
+        ("cifarnet", 3, 32, 256, 24 + 9 * (24 * 64 + 64**2 + 64 * 256 + 3 * 256**2) + 4 * (64 + 2 * 256)),
         ("resnet9_small", 3, 32, 256, 9 * (96 + 2048 + 2 * 64**2 + 64 * 128 + 128 * 256 + 2 * 256**2) + 2240),
     ],
 )
@@ -78,6 +80,51 @@ def test_networks_of_the_papers_have_their_widths_and_parameters(
     backbone = build_backbone(config_of(name=name, channels=channels), group)
     assert backbone(pixels(channels, side)).shape == (2, width)
     assert num_parameters(backbone) == parameters
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4, 3, 6, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_our_prelu_has_the_value_and_the_gradients_of_its_formula(
+    shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    x[0, 0] = 0  # torch gives what is not above zero the slope of the negative side
+    if x.ndim == 4:
+        x = x.contiguous(memory_format=memory_format)
+    x.requires_grad_()
+    prelu = PReLU(3)
+    with torch.no_grad():
+        prelu.weight.copy_(torch.tensor([0.25, -0.5, 1.5]))  # exact in bfloat16
+    y = prelu(x)
+    assert "OnCPU" in type(y.grad_fn).__name__
+    y.backward(upstream)
+
+    x64, weight, up = x.detach().double(), prelu.weight.detach().double(), upstream.double()
+    weight = weight.view(1, 3, *[1] * (x.ndim - 2)).expand_as(x64)
+    slope = torch.where(x64 > 0, 1.0, weight)
+    by_channel = torch.where(x64 > 0, 0.0, x64 * up).transpose(0, 1).flatten(1).sum(1)
+    close = {"rtol": 2**-7, "atol": 2**-6} if dtype is torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(y.double(), x64 * slope, **close)
+    torch.testing.assert_close(x.grad.double(), up * slope, **close)
+    torch.testing.assert_close(prelu.weight.grad.double(), by_channel, **close)
+
+
+def test_cifarnet_whitens_what_natural_images_have_in_common(group: ProcessGroup) -> None:
+    """Smooth, mostly grey noise: its patches' luminance, 20 times their finest contrast, comes out alike."""
+    images = torch.nn.functional.interpolate(
+        torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)), scale_factor=4, mode="bicubic"
+    )
+    filters = build_backbone(config_of(name="cifarnet", channels=1), group).network.whitening
+    torch.testing.assert_close(filters[:4], -filters[4:])
+    responses_CM = torch.nn.functional.conv2d(images, filters[:4]).transpose(0, 1).flatten(1)
+    correlation = torch.corrcoef(responses_CM)
+    assert (correlation - torch.eye(4)).abs().max() < 0.05
+    patches_CM = torch.nn.functional.unfold(images, 2).transpose(0, 1).flatten(1)
+    spread, white = torch.linalg.eigvalsh(torch.cov(patches_CM)), torch.linalg.eigvalsh(correlation)
+    assert spread.max() / spread.min() > 200
+    assert white.max() / white.min() < 1.2
 
 
 @pytest.mark.parametrize("channels", [1, 3])

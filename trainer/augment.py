@@ -124,15 +124,22 @@ class _RandomAffine:
     """Rotate, scale and shift about the centre; beyond the border the edge repeats.
 
     v2.RandomAffine fills with a constant, which draws black corners into white paper, and is twice as slow.
+    What is only shifted moves by whole pixels: others would blur it, in training only.
     """
 
     def __init__(
         self, rotate_degrees: float, shift_fraction: float, scale_range: tuple[float, float]
     ) -> None:
         self.angle, self.shift, self.scale_range = math.radians(rotate_degrees), shift_fraction, scale_range
+        self.resamples = rotate_degrees > 0 or scale_range != (1.0, 1.0)
 
     def __call__(self, pixels_CHW: Tensor) -> Tensor:
         turn, right, down = (2 * torch.rand(3) - 1).tolist()
+        if not self.resamples:
+            height, width = pixels_CHW.shape[1:]
+            rows_H = torch.arange(height).sub_(round(down * self.shift * height)).clamp_(0, height - 1)
+            columns_W = torch.arange(width).sub_(round(right * self.shift * width)).clamp_(0, width - 1)
+            return pixels_CHW[:, rows_H[:, None], columns_W]
         low, high = self.scale_range
         scale = low + (high - low) * torch.rand(()).item()
         cos, sin = math.cos(turn * self.angle) / scale, math.sin(turn * self.angle) / scale

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from trainer.batchnorm import use_global_statistics
 from trainer.config import BackboneConfig
 from trainer.errors import UserError
-from trainer.networks import INPUTS, LeNetPP, PreActResNet, ResNet9
+from trainer.networks import INPUTS, CifarNet, LeNetPP, PreActResNet, ResNet9
 
 
 @register_model
@@ -39,6 +39,12 @@ def lenetspp(pretrained: bool = False, **kwargs: int) -> LeNetPP:
 def preact_resnet(pretrained: bool = False, **kwargs: int) -> PreActResNet:
     """Build the network of the standalone center loss. Raises ValueError for what it does not have."""
     return PreActResNet(**_known(pretrained, kwargs, "in_chans"))
+
+
+@register_model
+def cifarnet(pretrained: bool = False, **kwargs: int) -> CifarNet:
+    """Build the network of the CIFAR-10 speed records. Raises ValueError for what it does not have."""
+    return CifarNet(**_known(pretrained, kwargs, "in_chans"))
 
 
 @register_model

@@ -3,8 +3,10 @@
 from itertools import pairwise
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 class LeNetPP(nn.Module):
@@ -29,7 +31,7 @@ class LeNetPP(nn.Module):
             nn.init.xavier_uniform_(convolution.weight)
             nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
         self.convolutions = nn.ModuleList(convolutions)
-        self.activations = nn.ModuleList(nn.PReLU(width) for width in widths[1:] for _ in range(2))
+        self.activations = nn.ModuleList(PReLU(width) for width in widths[1:] for _ in range(2))
         side = ((img_size // 2 // 2 - 3) + 1) // 2 + 1 if last_pool == 3 else img_size // 8
         self.num_features = self.head_hidden_size = 128 * side * side
 
@@ -42,6 +44,36 @@ class LeNetPP(nn.Module):
                 last = i == 5 and self.last_pool == 3
                 x = F.max_pool2d(x, 3, 2, ceil_mode=True) if last else F.max_pool2d(x, 2)
         return x.flatten(1)
+
+
+class PReLU(nn.PReLU):
+    """PReLU whose gradient takes 3 instead of 20 ms on a CPU; elsewhere it is torch's own.
+
+    torch's kernel goes element by element there: a third of a step of LeNet++.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x where it is positive, elsewhere times the weight of its channel (dimension 1)."""
+        if self.training and x.device.type == "cpu":
+            return _PReLUOnCPU.apply(x, self.weight)
+        return super().forward(x)
+
+
+class _PReLUOnCPU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight_C: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_C)
+        return F.prelu(x, weight_C.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight_C = ctx.saved_tensors
+        above = torch.ops.aten.threshold_backward(gradient, x, 0)  # where x > 0, else 0
+        below = gradient - above
+        by_channel_C = (below * x).sum([d for d in range(x.ndim) if d != 1], dtype=torch.float32)
+        weight_C11 = weight_C.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
+        return above.addcmul_(below, weight_C11), by_channel_C.to(weight_C.dtype)
 
 
 class PreActResNet(nn.Module):
@@ -130,6 +162,61 @@ def _conv_norm_relu(before: int, width: int) -> nn.Sequential:
     return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU())
 
 
+class CifarNet(nn.Module):
+    """The network of the present CIFAR-10 speed records: 94 % in 10 epochs, at a third of ResNet-9's work.
+
+    2 x 2 patches are whitened, by filters that are not trained; three times two 3 x 3 convolutions with batch
+    norm and GELU, max pooling in each, begin as the identity of their input. Source: airbench94, Jordan, "94%
+    on CIFAR-10 in 3.29 seconds on a single GPU" (2024), whose whitening is measured on its images; ours is
+    the one that natural images share.
+    """
+
+    def __init__(self, in_chans: int = 3) -> None:
+        super().__init__()
+        filters = _whitening(in_chans)
+        self.register_buffer("whitening", filters)
+        self.whitening_bias = nn.Parameter(torch.zeros(len(filters)))
+        steps = pairwise((len(filters), 64, 256, 256))
+        self.groups = nn.Sequential(*(_PooledPair(before, width) for before, width in steps))
+        self.num_features = self.head_hidden_size = 256
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Return N x 256."""
+        x = F.gelu(F.conv2d(images_NCHW, self.whitening, self.whitening_bias))  # type: ignore[arg-type]
+        return self.groups(x).amax((2, 3))
+
+
+class _PooledPair(nn.Module):
+    def __init__(self, before: int, width: int) -> None:
+        super().__init__()
+        self.convolution1 = nn.Conv2d(before, width, 3, padding=1, bias=False)
+        self.convolution2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        for convolution in (self.convolution1, self.convolution2):
+            nn.init.dirac_(convolution.weight.data[: convolution.in_channels])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.norm1(F.max_pool2d(self.convolution1(x), 2)))
+        return F.gelu(self.norm2(self.convolution2(x)))
+
+
+def _whitening(channels: int) -> Tensor:
+    """Return 2 x 2 filters whose responses to natural images are about independent; and their negatives.
+
+    The principal components of such patches are sums and differences of their pixels times sums and
+    differences of their colours. The deviations that they are divided by are CIFAR-10's in normalised pixels,
+    as a product of one by place and one by colour.
+    """
+    by_place = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2.0
+    by_place /= torch.tensor([[3.2], [0.6], [0.6], [0.23]])
+    by_colour = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
+    by_colour /= torch.tensor([[3.0], [2.0], [6.0]]).sqrt() * torch.tensor([[1.0], [0.275], [0.13]])
+    if channels == 1:
+        by_colour = torch.ones(1, 1)
+    filters = torch.kron(by_colour, by_place).view(-1, channels, 2, 2)
+    return torch.cat([filters, -filters])
+
+
 _DIGITS = {"input_size": (1, 28, 28), "mean": (0.5,), "std": (0.5,)}
 _CIFAR = {"input_size": (3, 32, 32), "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
 
@@ -137,6 +224,7 @@ INPUTS: dict[str, dict[str, Any]] = {
     "lenetpp": {**_DIGITS, "fixed_input_size": True},
     "lenetspp": {**_DIGITS, "fixed_input_size": True},
     "preact_resnet": {**_CIFAR, "mean": (0.0,) * 3, "std": (1.0,) * 3},  # its authors only scale to 0..1
+    "cifarnet": _CIFAR,
     "resnet9": _CIFAR,
     "resnet9_small": _CIFAR,
 }
