@@ -83,7 +83,7 @@ def test_networks_of_the_papers_have_their_widths_and_parameters(
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (4, 3, 6, 5)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_our_prelu_has_the_value_and_the_gradients_of_its_formula(
     shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format
@@ -94,7 +94,7 @@ def test_our_prelu_has_the_value_and_the_gradients_of_its_formula(
     if x.ndim == 4:
         x = x.contiguous(memory_format=memory_format)
     x.requires_grad_()
-    prelu = PReLU(3)
+    prelu = PReLU(3, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
     with torch.no_grad():
         prelu.weight.copy_(torch.tensor([0.25, -0.5, 1.5]))  # exact in bfloat16
     y = prelu(x)
@@ -105,7 +105,8 @@ def test_our_prelu_has_the_value_and_the_gradients_of_its_formula(
     weight = weight.view(1, 3, *[1] * (x.ndim - 2)).expand_as(x64)
     slope = torch.where(x64 > 0, 1.0, weight)
     by_channel = torch.where(x64 > 0, 0.0, x64 * up).transpose(0, 1).flatten(1).sum(1)
-    close = {"rtol": 2**-7, "atol": 2**-6} if dtype is torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-6}
+    rounding = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-6}[dtype]
+    close = {"rtol": rounding, "atol": rounding}
     torch.testing.assert_close(y.double(), x64 * slope, **close)
     torch.testing.assert_close(x.grad.double(), up * slope, **close)
     torch.testing.assert_close(prelu.weight.grad.double(), by_channel, **close)

@@ -71,9 +71,9 @@ class _PReLUOnCPU(torch.autograd.Function):
         x, weight_C = ctx.saved_tensors
         above = torch.ops.aten.threshold_backward(gradient, x, 0)  # where x > 0, else 0
         below = gradient - above
-        by_channel_C = (below * x).sum([d for d in range(x.ndim) if d != 1], dtype=torch.float32)
+        by_channel_C = (below * x).sum([d for d in range(x.ndim) if d != 1], dtype=weight_C.dtype)
         weight_C11 = weight_C.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
-        return above.addcmul_(below, weight_C11), by_channel_C.to(weight_C.dtype)
+        return above.addcmul_(below, weight_C11), by_channel_C
 
 
 class PreActResNet(nn.Module):
@@ -171,6 +171,8 @@ class CifarNet(nn.Module):
     the one that natural images share.
     """
 
+    whitening: Tensor
+
     def __init__(self, in_chans: int = 3) -> None:
         super().__init__()
         filters = _whitening(in_chans)
@@ -182,7 +184,7 @@ class CifarNet(nn.Module):
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Return N x 256."""
-        x = F.gelu(F.conv2d(images_NCHW, self.whitening, self.whitening_bias))  # type: ignore[arg-type]
+        x = F.gelu(F.conv2d(images_NCHW, self.whitening, self.whitening_bias))
         return self.groups(x).amax((2, 3))
 
 
