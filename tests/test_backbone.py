@@ -63,15 +63,7 @@ def test_lenetpp_takes_other_sizes(side: int, last: int, group: ProcessGroup) ->
     [
         ("lenetspp", 1, 28, 1152, 798_307 - 3 * 1153 + 2 * (32 + 64 + 128)),  # less FC 3, with PReLU's slopes
         ("preact_resnet", 1, 28, 128, 160 + 14_528 + 19_680 + 57_728 + 78_272 + 230_144 + 256),
-        (
-            "resnet9",
-            3,
-            32,
-            512,
-            9 * (3 * 64 + 64 * 128 + 2 * 128**2 + 128 * 256 + 256 * 512 + 2 * 512**2) + 4480,
-        ),
         ("cifarnet", 3, 32, 256, 24 + 9 * (24 * 64 + 64**2 + 64 * 256 + 3 * 256**2) + 4 * (64 + 2 * 256)),
-        ("resnet9_small", 3, 32, 256, 9 * (96 + 2048 + 2 * 64**2 + 64 * 128 + 128 * 256 + 2 * 256**2) + 2240),
     ],
 )
 def test_networks_of_the_papers_have_their_widths_and_parameters(

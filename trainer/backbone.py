@@ -20,7 +20,7 @@ from torch.func import functional_call
 from trainer.batchnorm import use_global_statistics
 from trainer.config import BackboneConfig
 from trainer.errors import UserError
-from trainer.networks import INPUTS, CifarNet, LeNetPP, PreActResNet, ResNet9
+from trainer.networks import INPUTS, CifarNet, LeNetPP, PreActResNet
 
 
 @register_model
@@ -45,18 +45,6 @@ def preact_resnet(pretrained: bool = False, **kwargs: int) -> PreActResNet:
 def cifarnet(pretrained: bool = False, **kwargs: int) -> CifarNet:
     """Build the network of the CIFAR-10 speed records. Raises ValueError for what it does not have."""
     return CifarNet(**_known(pretrained, kwargs, "in_chans"))
-
-
-@register_model
-def resnet9(pretrained: bool = False, **kwargs: int) -> ResNet9:
-    """Build ResNet-9 for 32 x 32 pixels. Raises ValueError for what it does not have."""
-    return ResNet9(**_known(pretrained, kwargs, "in_chans"))
-
-
-@register_model
-def resnet9_small(pretrained: bool = False, **kwargs: int) -> ResNet9:
-    """Build ResNet-9 of half the width: a quarter of the work. Raises ValueError for what it has not."""
-    return ResNet9(**_known(pretrained, kwargs, "in_chans"), width=32)
 
 
 def _known(pretrained: bool, options: dict[str, int], *names: str) -> dict[str, int]:
