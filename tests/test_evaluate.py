@@ -1,5 +1,6 @@
 """Evaluation against brute force, on real ranks: uneven sets, labels matched by name, every rank agrees."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 from ranks import run_on_ranks
 from torch import Tensor
 
-from trainer.config import Config, from_dict
+from trainer.config import Config, ProtocolConfig, from_dict
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.evaluate import EvalSets
@@ -90,6 +91,25 @@ def test_metrics_equal_brute_force_on_any_number_of_ranks(sets: Path, num_ranks:
     nearest = new_labels_N[cosine_NN.argmax(1)]
     assert new["eval/new/rank1"] == pytest.approx(float((nearest == new_labels_N).double().mean()))
     assert "eval/new/tar@far=1e-1" in new
+
+
+def judge_on_rank(world: World, root: Path) -> dict[str, float]:
+    config = config_of(root, classification=["some"])
+    protocol = ProtocolConfig(protocol="closed_set", data=root / "some")
+    config = replace(config, eval=replace(config.eval, protocols={"again": protocol}))
+    shard = ClassShard.of_rank(len(TRAINED), world.rank, world.size)
+    head = CocoHead(shard, 6, loss=CosineSoftmax(7.0), seed=0, group=world.group, sub_centroids=2)
+    results = list(EvalSets(config, world, TRAINED, len(TRAINED)).evaluate(embed, head))
+    return {name: value for result in results for name, value in result.metrics.items()}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_the_closed_set_protocol_knows_the_classes_of_the_head_in_training(
+    sets: Path, num_ranks: int
+) -> None:
+    for values in run_on_ranks(judge_on_rank, num_ranks, sets):
+        assert values["eval/again/num_images"] == 13
+        assert values["eval/again/accuracy"] == pytest.approx(values["eval/some/accuracy"])
 
 
 def open_on_rank(world: World, config: Config, class_names: tuple[str, ...], num_classes: int) -> str:

@@ -127,8 +127,9 @@ def test_histogram_without_genuine_pairs_is_refused() -> None:
         figures.cosine_histogram(normalize(torch.randn(5, 4), dim=1), torch.arange(5), "Faces")
 
 
-def test_roc_draws_the_curve_and_names_its_numbers() -> None:
-    embeddings_ND, labels_N = make_embeddings(400, 20, 16)
+@pytest.mark.parametrize("count", [400, 2000])  # beyond a million impostor pairs the curve begins left of it
+def test_roc_draws_the_curve_and_names_its_numbers(count: int) -> None:
+    embeddings_ND, labels_N = make_embeddings(count, 20, 16)
     result = verification(normalize(embeddings_ND, dim=1), labels_N)
     few = verification(normalize(embeddings_ND, dim=1)[:40], labels_N[:40])
     figure = figures.roc({"big": result, "small": few})

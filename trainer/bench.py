@@ -40,7 +40,7 @@ class Model:
     embed: Embed
     reading: Reading
     centroids: Callable[[], Tensor] | None = None
-    """Returns the rows of the head, K x D; None where there is no head."""
+    """Returns the rows of the head, K x S x D or K x D, on every rank; None where there is no head."""
     class_names: tuple[str, ...] = ()
 
 

@@ -4,7 +4,8 @@ Three kinds of sets: *classification* of classes the head knows, by its own rows
 has never seen: are two images of the same class, and is the nearest neighbour? And *protocols* of
 ``trainer/judge``, which bring their own sets.
 
-Legend: N images of a set, B of a batch over all ranks, D width of the embedding, C classes of this rank.
+Legend: N images of a set, B of a batch over all ranks, D width of the embedding, C classes of this rank, K of
+all ranks, S rows of a class.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -75,7 +76,7 @@ class EvalSets:
         num_classes: int,
         open_model: OpenModel | None = None,
     ) -> None:
-        self.world, self._open_model = world, open_model
+        self.world, self._open_model, self._class_names = world, open_model, tuple(class_names)
         self._protocols, self._reading = config.eval.protocols, reading_of(config)
         for name, protocol in self._protocols.items():
             check(protocol, f"eval.protocols.{name}.")
@@ -109,8 +110,14 @@ class EvalSets:
                 verification=verification,
                 cmc=cmc,
             )
+
+        def centroids_KSD() -> Tensor:
+            whole = concatenate_over(head.directions_CD(), head.group)
+            return whole.unflatten(0, (head.shard.num_classes, -1))
+
+        model = Model(embed, self._reading, centroids_KSD, self._class_names)
         for name, protocol in self._protocols.items():
-            model, prefix = Model(embed, self._reading), f"eval.protocols.{name}."
+            prefix = f"eval.protocols.{name}."
             figures = judge(protocol, model, self.world, self._open_model, prefix)
             values = {f"eval/{name}/{key}": value for key, value in figures}
             yield SetResult(name, values, torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), (), None)

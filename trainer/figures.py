@@ -73,9 +73,9 @@ def roc(curves: Mapping[str, Verification]) -> Figure:
         far_V = result.far.clip(LOWEST_FAR / 10)  # a logarithmic axis has no 0
         axes.plot(far_V, result.tar, linewidth=0.8, alpha=0.5, color=colour)
         supported = min(1.0, 10 / result.num_impostor)
-        far_V, first = far_V[far_V >= supported], np.interp(supported, result.far, result.tar)
-        tar_V = np.append(first, result.tar[result.far >= supported])
-        axes.plot(np.append(supported, far_V), tar_V, linewidth=2, color=colour, label=label)
+        is_supported_V, first = result.far >= supported, np.interp(supported, result.far, result.tar)
+        tar_V = np.append(first, result.tar[is_supported_V])
+        axes.plot(np.append(supported, far_V[is_supported_V]), tar_V, linewidth=2, color=colour, label=label)
         lowest = min(lowest, float(np.interp(LOWEST_FAR, result.far, result.tar)))
     chance = np.geomspace(LOWEST_FAR, 1, 200)
     axes.plot(chance, chance, linestyle=":", linewidth=1.2, color="tab:gray", label="chance")
