@@ -3,11 +3,14 @@
 import gc
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing import active_children
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from launching import REPOSITORY
@@ -80,6 +83,53 @@ def test_a_worker_stuck_in_its_fork_is_forked_again(stuck, caplog) -> None:
         gc.collect()
         assert time.monotonic() - begin < 10
         time.sleep(0.05)
+
+
+class Group:
+    """As a group of gloo: garbage that only the process which made it can destroy."""
+
+    destroyed_by: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        self.made_by, self.itself = os.getpid(), self
+
+    def __del__(self) -> None:
+        if os.getpid() != self.made_by:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        Group.destroyed_by.append(self.made_by)
+
+
+def _collect_garbage() -> None:
+    Group()
+    gc.collect()
+    assert Group.destroyed_by == [os.getpid()]
+
+
+def _expect_collection(enabled: bool) -> None:
+    assert gc.isenabled() == enabled
+
+
+def _exit_code_of(work: Callable[..., None], *arguments: bool) -> int | None:
+    child = forks.ForkUntilAlive().Process(target=work, args=arguments)
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+def test_a_child_collects_its_own_garbage_and_leaves_its_parents_alone(monkeypatch) -> None:
+    gc.collect()
+    monkeypatch.setattr(Group, "destroyed_by", [])
+    assert _exit_code_of(_expect_collection, True) == 0
+    gc.disable()
+    try:
+        Group()
+        assert _exit_code_of(_expect_collection, False) == 0
+        assert _exit_code_of(_collect_garbage) == 0
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert Group.destroyed_by == [os.getpid()]
 
 
 def test_jobs_are_done_by_processes_that_live(stuck) -> None:

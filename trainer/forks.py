@@ -2,10 +2,13 @@
 
 A fork copies locks as other threads of the parent hold them. Python before 3.11.10 has one for its list of
 threads, which a thread of gloo takes when it lets go of a tensor, and a child may wait for it within
-``os.fork`` for ever (github.com/python/cpython/issues/112275): 4 of 5 280 did on a busy host.
+``os.fork`` for ever (github.com/python/cpython/issues/112275): 4 of 5 280 did on a busy host. Nor does a fork
+have the parent's other threads, and a child that collected its parent's garbage would wait for them: gloo's
+groups, destroyed there, end it with a segmentation fault.
 """
 
 import ctypes
+import gc
 import logging
 import os
 import select
@@ -27,12 +30,16 @@ class _Launch(Popen):
         self.kill()
 
     def _launch(self, process_obj: "_Child") -> None:  # type: ignore[override]
+        process_obj.collects_garbage = gc.isenabled()
         for _ in range(_TRIES):
             born, process_obj.birth = os.pipe()
+            gc.disable()  # until the child has put aside what it inherits
             try:
                 super()._launch(process_obj)  # type: ignore[misc]
             finally:
                 os.close(process_obj.birth)
+                if process_obj.collects_garbage:
+                    gc.enable()
             seen = select.poll()
             seen.register(born, select.POLLIN)
             is_born = bool(seen.poll(1000 * BORN_SECONDS))  # the end of a child that died is seen too
@@ -48,6 +55,7 @@ class _Launch(Popen):
 
 class _Child(ForkProcess):
     birth: int
+    collects_garbage: bool
 
     @staticmethod
     def _Popen(process_obj: "_Child") -> Popen:  # type: ignore[override]
@@ -56,6 +64,9 @@ class _Child(ForkProcess):
     def _bootstrap(self, parent_sentinel: int | None = None) -> int:
         os.write(self.birth, b"1")
         os.close(self.birth)
+        gc.freeze()
+        if self.collects_garbage:
+            gc.enable()
         _end_with_parent()
         return super()._bootstrap(parent_sentinel)  # type: ignore[misc]
 
