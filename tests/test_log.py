@@ -278,6 +278,18 @@ def test_a_progress_bar_takes_the_place_of_the_lines_on_a_terminal(tmp_path, mon
 # W&B
 
 
+def _written_runs(folder: Path) -> list[dict]:
+    """Return what W&B's files say, in their order; its service ends them after its client has finished."""
+    begin = time.monotonic()
+    while True:
+        paths = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_ctime_ns)
+        told = [read_wandb(path) for path in paths]
+        if all("exit" in run for run in told):
+            return told
+        assert time.monotonic() - begin < 20
+        time.sleep(0.05)
+
+
 def test_wandb_offline_holds_the_metrics_and_goes_on_under_the_same_id(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     config = make_config(tmp_path, "log.wandb=offline", "log.wandb_project=faces")
@@ -296,12 +308,7 @@ def test_wandb_offline_holds_the_metrics_and_goes_on_under_the_same_id(tmp_path,
     gif = config.run_folder / "figures" / "features-test.gif"
     Image.new("P", (8, 8)).save(gif, save_all=True, append_images=[Image.new("P", (8, 8), 1)])
     show_in_wandb(config.run_folder, [gif, config.run_folder / "figures" / "roc.png"])
-    written = sorted(
-        config.run_folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_ctime_ns
-    )
-    told = [read_wandb(path) for path in written]
-
-    whole, failed, drawn = told
+    whole, failed, drawn = _written_runs(config.run_folder)
     assert drawn["id"] == whole["id"]
     assert drawn["history"][3]["figures/features-test/_type"] == "video-file"
     assert drawn["history"][3]["figures/roc/_type"] == "image-file"

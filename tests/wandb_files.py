@@ -12,15 +12,18 @@ def read_records(path: Path) -> Iterator[Record]:
     """Yield the records of a W&B file.
 
     LevelDB's log format behind 7 bytes of header: blocks of 32 KiB; each part of a record has 4 bytes of
-    checksum, 2 of length and 1 of kind (1 whole, 2 first, 3 middle, 4 last).
+    checksum, 2 of length and 1 of kind (1 whole, 2 first, 3 middle, 4 last). Of a file that is being written,
+    what is there.
     """
     data, at, parts = path.read_bytes(), 7, b""
-    assert data.startswith(b":W&B")
+    assert data.startswith(b":W&B") or not data
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:
             at += 32768 - at % 32768
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        if at + 7 + length > len(data):
+            return
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
