@@ -155,10 +155,21 @@ def test_a_finished_run_with_other_settings_stops_the_study(path: Path) -> None:
     assert other.seen == []
 
 
-def test_the_order_of_settings_means_nothing(path: Path) -> None:
+def test_a_recipe_edited_under_finished_runs_stops_the_study(path: Path) -> None:
+    run_study(load_study(path, Path("runs")), 1, Trainer())
+    path.with_name("base.yaml").write_text("data: {train: none}\noptim: {steps: 1, weight_decay: 0.75}\n")
+    with pytest.raises(UserError, match=r"was finished with other settings \(optim.weight_decay\)"):
+        run_study(load_study(path, Path("runs")), 1, Trainer())
+    path.write_text(STUDY + "ranks: 2\n")
+    path.with_name("base.yaml").write_text("data: {train: none}\noptim: {steps: 1}\n")
+    with pytest.raises(UserError, match=r"was finished with other settings \(ranks\)"):
+        run_study(load_study(path, Path("runs")), 1, Trainer())
+
+
+def test_order_defaults_and_logging_mean_nothing_to_a_finished_run(path: Path) -> None:
     run_study(load_study(path, Path("runs"), ["optim.lr=2", "head.scale=3"]), 1, Trainer())
-    other = Trainer()
-    run_study(load_study(path, Path("runs"), ["optim.lr=9", "head.scale=3", "optim.lr=2"]), 1, other)
+    other, same = Trainer(), ["optim.lr=9", "head.scale=3.0", "optim.lr=2", "seed=0", "log.wandb=disabled"]
+    run_study(load_study(path, Path("runs"), same), 1, other)
     assert other.seen == []
 
 

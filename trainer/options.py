@@ -22,6 +22,7 @@ import yaml
 from trainer.address import without_credentials
 from trainer.config import (
     Config,
+    DataConfig,
     FieldInfo,
     InvalidConfigError,
     ProtocolConfig,
@@ -87,6 +88,17 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
+def changed_since(saved: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """Return {"section.field": (before, now)} of what is not as in ``saved``, an earlier ``to_dict``.
+
+    A field that it does not know had its default.
+    """
+    before = _flat(to_dict(Config(data=DataConfig(train=config.data.train)))) | _flat(saved)
+    now = _flat(to_dict(config))
+    pairs = {name: (before.get(name), now.get(name)) for name in sorted(now.keys() | before.keys())}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def sections(cls: type = Config, prefix: str = "") -> Iterable[tuple[str, type]]:
     """Yield (dotted name, class) of every section, in order, each before those inside it."""
     for field in dataclasses.fields(cls):
@@ -139,6 +151,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: must hold sections with fields, not {type(tree).__name__}")
     return tree
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def _drop_test_sets_of_other_data(tree: dict[str, Any], overrides: Iterable[str]) -> None:

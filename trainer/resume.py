@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer import checkpoint
-from trainer.config import Config, DataConfig, to_dict
+from trainer.config import Config
 from trainer.engine import load_state
 from trainer.errors import UserError
 from trainer.log import log
 from trainer.manifest import MANIFEST, read_record, step_of
+from trainer.options import changed_since
 from trainer.order import Position
 from trainer.saving import Checkpoints
 from trainer.state import TrainState, load_loss_statistics
@@ -125,12 +126,10 @@ def keep_curve(config: Config, checkpoints: Checkpoints, superseded: list[Path])
 def check_same_training(path: Path, record: dict[str, Any], config: Config, fingerprint: str) -> None:
     """Refuse a checkpoint of another model or other data, or one whose training may not be changed so.
 
-    Tells every difference. A field that the checkpoint does not know had its default. Raises UserError.
+    Tells every difference. Raises UserError.
     """
-    defaults = _flat(to_dict(Config(data=DataConfig(train=config.data.train))))
-    before, now = defaults | _flat(record["config"]), _flat(to_dict(config))
-    changed = [name for name in sorted(now.keys() | before.keys()) if before.get(name) != now.get(name)]
-    differences = {name: f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed}
+    changed = changed_since(record["config"], config)
+    differences = {name: f"{name} was {before!r}, is {now!r}" for name, (before, now) in changed.items()}
     for name in _IDENTITY:
         if name in differences:
             raise UserError(f"{path}: checkpoint of another model: {differences[name]}")
@@ -177,11 +176,3 @@ def _started_from(path: Path) -> str | None:
 
 def _is_among(name: str, fields: tuple[str, ...]) -> bool:
     return any(name == field or name.startswith(f"{field}.") for field in fields)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return {"section.field": value}."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

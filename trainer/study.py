@@ -41,8 +41,9 @@ from typing import Any
 
 from scipy.stats import ttest_rel
 
+from trainer.config import to_dict
 from trainer.errors import UserError
-from trainer.options import load, read_yaml
+from trainer.options import changed_since, load, read_yaml
 from trainer.signals import StopRequest
 
 log = logging.getLogger("trainer")
@@ -140,7 +141,8 @@ def run_study(study: Study, parallel: int = 1, execute: Execute | None = None, o
         command, began = command_of(study, run, port=_FIRST_PORT + number % 1000), time.monotonic()
         code = (execute or partial(_choose_execute(study), stop))(command, run.folder / "study.log")
         seconds = _seconds_before(run) + time.monotonic() - began
-        record = {"settings": _settings(run, study), "seconds": round(seconds, 1)}
+        settings = to_dict(load(study.base, run.overrides))
+        record = {"settings": settings, "ranks": study.ranks, "seconds": round(seconds, 1)}
         (run.folder / "study.json").write_text(json.dumps(record, indent=1) + "\n")
         is_finished = not code and (run.folder / "done.json").exists()
         if stop.is_asked and not is_finished:
@@ -254,21 +256,18 @@ def _is_finished(run: Run, study: Study) -> bool:
         return False
     try:
         record = json.loads((run.folder / "study.json").read_text())
-    except (OSError, ValueError):
+        settings, ranks = record["settings"], record["ranks"]
+    except (OSError, ValueError, KeyError):
         return False  # ended before it was recorded; training goes on from its last checkpoint, the end
-    before, now = record.get("settings", {}), _settings(run, study)
-    if other := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
+    changed = changed_since(settings, load(study.base, run.overrides))
+    other = [name for name in changed if name.split(".")[0] not in ("run", "log")]
+    other += ["ranks"] if ranks != study.ranks else []
+    if other:
         raise UserError(
             f"{run.folder}: was finished with other settings ({', '.join(other)}); remove it, or rename row "
             "or study"
         )
     return True
-
-
-def _settings(run: Run, study: Study) -> dict[str, Any]:
-    """Return what makes the run what it is, by field: the order of a study's file means nothing."""
-    changes = dict(text.split("=", 1) for text in run.overrides)
-    return {"base": str(study.base), "ranks": study.ranks, **changes}
 
 
 def _results(run: Run, study: Study) -> dict[str, float]:
