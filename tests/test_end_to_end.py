@@ -12,7 +12,7 @@ import torch
 from launching import REPOSITORY, Started, options, read_metrics, start_train
 from wandb_files import read_wandb
 
-from trainer.manifest import complete_checkpoints
+from trainer.manifest import complete_checkpoints, read_record
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,16 @@ def test_offline_wandb_run_holds_the_same_metrics(two_ranks: Path) -> None:
     history = read_wandb(file)["history"]
     for line in read_metrics(two_ranks):
         assert history[line["step"]]["train/loss"] == line["train/loss"]
+
+
+def test_a_scale_that_is_learned_is_shown_and_kept(folder: Path) -> None:
+    changes = ("loss.name=normface", "optim.steps=6", "eval.classification={}")
+    done = start_train(1, *options(folder, "normface", *changes)).wait()
+    assert done.code == 0, done.stderr
+    scales = [line["train/learned_scale"] for line in read_metrics(folder / "normface")]
+    assert len(set(scales)) == 6
+    [checkpoint] = complete_checkpoints(folder / "normface" / "checkpoints")
+    assert read_record(checkpoint)["loss"] == {"learned_scale": scales[-1]}
 
 
 def digests(run: Path) -> list[str]:

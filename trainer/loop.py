@@ -29,7 +29,7 @@ from trainer.resume import resume
 from trainer.saving import Checkpoints
 from trainer.sheet import as_text, run_sheet
 from trainer.signals import StopRequest
-from trainer.state import TrainState, build_state, contents_of, save, share_statistics
+from trainer.state import TrainState, build_state, contents_of, loss_statistics, save, share_statistics
 from trainer.update import build_update, learning_rate
 from trainer.warm_start import warm_start
 
@@ -162,6 +162,7 @@ def step_metrics(out: StepOutput, lr: float, state: TrainState, config: Config) 
     assert config.head.dead_after_steps is not None
     return {
         **{f"train/{name}": value for name, value in out.metrics.items()},
+        **{f"train/{name}": value for name, value in loss_statistics(state.head).items()},
         "train/lr": lr,
         "train/grad_norm": out.grad_norm,
         "train/dead_classes": state.head.num_dead(config.head.dead_after_steps),
