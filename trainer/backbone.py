@@ -47,6 +47,12 @@ def cifarnet(pretrained: bool = False, **kwargs: int) -> CifarNet:
     return CifarNet(**_known(pretrained, kwargs, "in_chans"))
 
 
+@register_model
+def cifarnet_wide(pretrained: bool = False, **kwargs: int) -> CifarNet:
+    """Build the same in 128, 384 and 384 channels. Raises ValueError for what it does not have."""
+    return CifarNet(**_known(pretrained, kwargs, "in_chans"), widths=(128, 384, 384))
+
+
 def _known(pretrained: bool, options: dict[str, int], *names: str) -> dict[str, int]:
     """Return the options of these names; timm passes more to every model."""
     if pretrained or "drop_path_rate" in options:

@@ -181,7 +181,7 @@ class BackboneConfig:
 
     name: str = "resnet18"
     """Any timm model by name, or one of `trainer/networks.py` (`lenetpp`, `lenetspp`, `preact_resnet`,
-    `cifarnet`)."""
+    `cifarnet`, `cifarnet_wide`)."""
 
     image_size: PositiveInt | None = None
     """Side of the square input in pixels. None takes the model's own size."""
