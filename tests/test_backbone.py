@@ -64,7 +64,7 @@ def test_lenetpp_takes_other_sizes(side: int, last: int, group: ProcessGroup) ->
         ("lenetspp", 1, 28, 1152, 798_307 - 3 * 1153 + 2 * (32 + 64 + 128)),  # less FC 3, with PReLU's slopes
         ("preact_resnet", 1, 28, 128, 160 + 14_528 + 19_680 + 57_728 + 78_272 + 230_144 + 256),
         ("cifarnet", 3, 32, 256, 24 + 9 * (24 * 64 + 64**2 + 64 * 256 + 3 * 256**2) + 4 * (64 + 2 * 256)),
-        ("cifarnet_wide", 3, 32, 384, 24 + 9 * (24 * 128 + 128**2 + 128 * 384 + 3 * 384**2) + 4 * (128 + 768)),
+        ("cifarnet_wide", 3, 32, 384, 24 + 9 * (24 * 128 + 128**2 + 128 * 384 + 3 * 384**2) + 4 * 896),
     ],
 )
 def test_networks_of_the_papers_have_their_widths_and_parameters(
