@@ -85,7 +85,10 @@ def test_a_study_is_every_row_with_every_seed_as_a_command_that_stands_alone(pat
     assert load(Path("base.yaml"), command_of(study, study.runs[0])[4:]).optim.lr == 0.5
 
 
-def test_what_is_finished_is_not_run_again_and_what_failed_is(path: Path) -> None:
+def test_what_is_finished_is_not_run_again_and_what_failed_is(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "trainer")
     study = load_study(path, Path("runs"))
     failing = Trainer(fails="coco-16-seed4")
     failed = run_study(study, 2, failing)
@@ -94,6 +97,11 @@ def test_what_is_finished_is_not_run_again_and_what_failed_is(path: Path) -> Non
     again = Trainer()
     assert run_study(study, 1, again) == []
     assert again.seen == ["coco-16-seed4"]
+    lines = caplog.text
+    assert "begins coco-2-seed3; its lines: runs/tiny/coco-2-seed3/study.log" in lines
+    assert "failed with code 2" in lines
+    assert "; 18 of 18 ended, about 0:00:00 left" in lines
+    assert "finished coco-16-seed4; 1 of 1 ended, about 0:00:00 left" in lines
 
 
 TRAINS_UNTIL_TOLD = """

@@ -53,7 +53,7 @@ def cifarnet_wide(pretrained: bool = False, **kwargs: int) -> CifarNet:
     return CifarNet(**_known(pretrained, kwargs, "in_chans"), widths=(128, 384, 384))
 
 
-def _known(pretrained: bool, options: dict[str, int], *names: str) -> dict[str, int]:
+def _known(pretrained: bool, options: dict[str, int], *names: str) -> dict[str, Any]:
     """Return the options of these names; timm passes more to every model."""
     if pretrained or "drop_path_rate" in options:
         raise ValueError("there are neither published weights nor stochastic depth")

@@ -35,6 +35,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def run_study(study: Study, parallel: int = 1, execute: Execute | None = None, o
     chosen = runs_named(study, only)
     waiting = [run for run in chosen if not _is_finished(run, study)]
     log.info("study %s: %d of %d runs to do", study.name, len(waiting), len(chosen))
-    one_at_a_time = threading.Lock()
+    one_at_a_time, ended, start = threading.Lock(), itertools.count(1), time.monotonic()
 
     def do(numbered: tuple[int, Run]) -> Run | None:
         number, run = numbered
@@ -139,11 +140,14 @@ def run_study(study: Study, parallel: int = 1, execute: Execute | None = None, o
             return None
         run.folder.mkdir(parents=True, exist_ok=True)
         command, began = command_of(study, run, port=_FIRST_PORT + number % 1000), time.monotonic()
+        log.info("begins %s; its lines: %s", run.folder.name, run.folder / "study.log")
         code = (execute or partial(_choose_execute(study), stop))(command, run.folder / "study.log")
         seconds = _seconds_before(run) + time.monotonic() - began
         settings = to_dict(load(study.base, run.overrides))
         record = {"settings": settings, "ranks": study.ranks, "seconds": round(seconds, 1)}
         (run.folder / "study.json").write_text(json.dumps(record, indent=1) + "\n")
+        count, took = next(ended), time.monotonic() - start
+        left = timedelta(seconds=round(took / count * (len(waiting) - count)))
         is_finished = not code and (run.folder / "done.json").exists()
         if stop.is_asked and not is_finished:
             log.info("told to stop; the same command goes on with %s", run.folder)
@@ -151,9 +155,9 @@ def run_study(study: Study, parallel: int = 1, execute: Execute | None = None, o
         if not is_finished:
             log.error("failed with code %d: %s; see %s", code, shlex.join(command), run.folder / "study.log")
             return run
-        log.info("finished %s", run.folder)
         with one_at_a_time:
             write_table(study)
+        log.info("finished %s; %d of %d ended, about %s left", run.folder.name, count, len(waiting), left)
         return None
 
     with StopRequest() as stop, ThreadPoolExecutor(parallel) as pool:
