@@ -100,25 +100,36 @@ def load_study(path: Path, root: Path, overrides: Sequence[str] = ()) -> Study:
         raise UserError(f"{path}: {missing[0]}: is required")
     axes, baseline = tree["axes"], tree.get("baseline")
     for axis, values in axes.items():
-        if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
+        if (
+            not isinstance(values, dict)
+            or not values
+            or not all(isinstance(v, dict) for v in values.values())
+        ):
             raise UserError(f"{path}: axes.{axis}: must map each name to section.field: value")
     if baseline is not None and not any(baseline in map(str, values) for values in axes.values()):
         raise UserError(f"{path}: baseline: {baseline!r} is on no axis")
-    if not all(isinstance(seed, int) for seed in tree["seeds"]) or tree.get("ranks", 1) < 1:
+    if not all(type(seed) is int for seed in tree["seeds"]) or tree.get("ranks", 1) < 1:
         raise UserError(f"{path}: seeds, ranks: must be whole numbers, ranks at least 1")
-    runs = []
+    if not all(isinstance(metric, str) for metric in tree["metrics"]):
+        raise UserError(f"{path}: metrics: must be names such as eval/test/accuracy, got {tree['metrics']}")
+    runs: dict[str, Run] = {}
     for seed, row in itertools.product(tree["seeds"], itertools.product(*axes.values())):
         changes = dict(tree.get("common") or {})
         for values, name in zip(axes.values(), row, strict=True):
             changes |= values[name]
         texts = [f"{field}={json.dumps(value)}" for field, value in changes.items()]
-        folder = root / path.stem / f"{'-'.join(map(str, row))}-seed{seed}"
-        runs.append(Run(tuple(map(str, row)), seed, folder, (*texts, *overrides, f"seed={seed}")))
+        name = f"{'-'.join(map(str, row))}-seed{seed}"
+        if name in runs:
+            raise UserError(f"{path}: axes, seeds: two runs have the name {name}")
+        folder = root / path.stem / name
+        runs[name] = Run(tuple(map(str, row)), seed, folder, (*texts, *overrides, f"seed={seed}"))
     ranks, metrics = tree.get("ranks", 1), tuple(tree["metrics"])
     command = shlex.join(["python", "launch/study.py", str(path), *overrides])
-    study = Study(path.stem, command, Path(tree["base"]), axes, baseline, metrics, ranks, tuple(runs))
-    for run in {run.row: run for run in study.runs}.values():
-        load(study.base, run.overrides)  # a typo in the last row is met now
+    study = Study(
+        path.stem, command, Path(tree["base"]), axes, baseline, metrics, ranks, tuple(runs.values())
+    )
+    for name, run in {run.row: (name, run) for name, run in runs.items()}.values():
+        load(study.base, (*run.overrides, f"run.name={name}"))  # a typo in the last row is met now
     return study
 
 
