@@ -89,6 +89,35 @@ class Study:
 
 def load_study(path: Path, root: Path, overrides: Sequence[str] = ()) -> Study:
     """Read and check a study; ``overrides`` come last in every row. Raises UserError."""
+    tree = _read(path)
+    axes, base = tree["axes"], Path(tree["base"])
+    runs: dict[str, Run] = {}
+    for seed, row in itertools.product(tree["seeds"], itertools.product(*axes.values())):
+        changes = dict(tree.get("common") or {})
+        for values, value in zip(axes.values(), row, strict=True):
+            changes |= values[value]
+        texts = [f"{field}={json.dumps(value, default=str)}" for field, value in changes.items()]
+        name = f"{'-'.join(map(str, row))}-seed{seed}"
+        if name in runs:
+            raise UserError(f"{path}: axes, seeds: two runs have the name {name}")
+        if seed == tree["seeds"][0]:
+            load(base, (*texts, *overrides, f"run.name={name}"))  # a typo in the last row is met now
+        folder = root / path.stem / name
+        runs[name] = Run(tuple(map(str, row)), seed, folder, (*texts, *overrides, f"seed={seed}"))
+    return Study(
+        name=path.stem,
+        command=shlex.join(["python", "launch/study.py", str(path), *overrides]),
+        base=base,
+        axes=axes,
+        baseline=tree.get("baseline"),
+        metrics=tuple(tree["metrics"]),
+        ranks=tree.get("ranks", 1),
+        runs=tuple(runs.values()),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the fields of a study file. Raises UserError for what no study can have."""
     tree = read_yaml(path)
     kinds = {**_REQUIRED, **_OPTIONAL}
     for name, value in tree.items():
@@ -100,11 +129,7 @@ def load_study(path: Path, root: Path, overrides: Sequence[str] = ()) -> Study:
         raise UserError(f"{path}: {missing[0]}: is required")
     axes, baseline = tree["axes"], tree.get("baseline")
     for axis, values in axes.items():
-        if (
-            not isinstance(values, dict)
-            or not values
-            or not all(isinstance(v, dict) for v in values.values())
-        ):
+        if not (values and isinstance(values, dict) and all(isinstance(v, dict) for v in values.values())):
             raise UserError(f"{path}: axes.{axis}: must map each name to section.field: value")
     if baseline is not None and not any(baseline in map(str, values) for values in axes.values()):
         raise UserError(f"{path}: baseline: {baseline!r} is on no axis")
@@ -112,25 +137,7 @@ def load_study(path: Path, root: Path, overrides: Sequence[str] = ()) -> Study:
         raise UserError(f"{path}: seeds, ranks: must be whole numbers, ranks at least 1")
     if not all(isinstance(metric, str) for metric in tree["metrics"]):
         raise UserError(f"{path}: metrics: must be names such as eval/test/accuracy, got {tree['metrics']}")
-    runs: dict[str, Run] = {}
-    for seed, row in itertools.product(tree["seeds"], itertools.product(*axes.values())):
-        changes = dict(tree.get("common") or {})
-        for values, name in zip(axes.values(), row, strict=True):
-            changes |= values[name]
-        texts = [f"{field}={json.dumps(value)}" for field, value in changes.items()]
-        name = f"{'-'.join(map(str, row))}-seed{seed}"
-        if name in runs:
-            raise UserError(f"{path}: axes, seeds: two runs have the name {name}")
-        folder = root / path.stem / name
-        runs[name] = Run(tuple(map(str, row)), seed, folder, (*texts, *overrides, f"seed={seed}"))
-    ranks, metrics = tree.get("ranks", 1), tuple(tree["metrics"])
-    command = shlex.join(["python", "launch/study.py", str(path), *overrides])
-    study = Study(
-        path.stem, command, Path(tree["base"]), axes, baseline, metrics, ranks, tuple(runs.values())
-    )
-    for name, run in {run.row: (name, run) for name, run in runs.items()}.values():
-        load(study.base, (*run.overrides, f"run.name={name}"))  # a typo in the last row is met now
-    return study
+    return tree
 
 
 def run_study(study: Study, parallel: int = 1, execute: Execute | None = None, only: str = "*") -> list[Run]:
