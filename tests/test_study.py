@@ -215,6 +215,7 @@ def test_the_table_has_means_deviations_and_a_test_against_the_same_dimension(pa
         (("seeds: [3, 4, 5]", "seeds: [a]"), "seeds, ranks: must be whole numbers"),
         (("seeds: [3, 4, 5]", "seeds: [true]"), "seeds, ranks: must be whole numbers"),
         (("seeds: [3, 4, 5]", "seeds: [3, 4, 3]"), "axes, seeds: two runs have the name coco-2-seed3"),
+        (("seeds: [3, 4, 5]", "seeds: [3, -1]"), "seed"),
         (("16: {", "a/b: {"), "run.name"),
         (("  dim:", "  none: {}\n  dim:"), "axes.none: must map each name"),
         (("[eval/test/accuracy, ", "[5, "), "metrics: must be names"),

@@ -100,10 +100,9 @@ def load_study(path: Path, root: Path, overrides: Sequence[str] = ()) -> Study:
         name = f"{'-'.join(map(str, row))}-seed{seed}"
         if name in runs:
             raise UserError(f"{path}: axes, seeds: two runs have the name {name}")
-        if seed == tree["seeds"][0]:
-            load(base, (*texts, *overrides, f"run.name={name}"))  # a typo in the last row is met now
-        folder = root / path.stem / name
-        runs[name] = Run(tuple(map(str, row)), seed, folder, (*texts, *overrides, f"seed={seed}"))
+        run = Run(tuple(map(str, row)), seed, root / path.stem / name, (*texts, *overrides, f"seed={seed}"))
+        load(base, (*run.overrides, f"run.name={name}"))  # a typo in the last row is met now
+        runs[name] = run
     return Study(
         name=path.stem,
         command=shlex.join(["python", "launch/study.py", str(path), *overrides]),
