@@ -26,10 +26,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="for every row, last")
     parser.add_argument("--root", type=Path, default=Path("runs/studies"), help="folder of all studies")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="runs by name: 'coco-*-seed0'")
+    parser.add_argument(
+        "--only", action="append", metavar="PATTERN", help="runs by name, 'coco-*-seed0'; can be repeated"
+    )
     parser.add_argument("--commands", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object per row on stdout")
     arguments = parser.parse_intermixed_args()
+    only = arguments.only or ["*"]
     if arguments.parallel < 1:
         parser.error("--parallel: at least 1")
 
@@ -38,10 +41,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     study = load_study(arguments.study, arguments.root, arguments.overrides)
     if arguments.commands:
-        for one in runs_named(study, arguments.only):
+        for one in runs_named(study, only):
             print(shlex.join(command_of(study, one)))
         return
-    failed = run_study(study, arguments.parallel, only=arguments.only)
+    failed = run_study(study, arguments.parallel, only=only)
     if arguments.json:
         for line in summary(study, results_of(study)):
             print(json.dumps(line))

@@ -115,13 +115,16 @@ time.sleep(30)
 
 def test_runs_are_chosen_by_name_and_the_table_has_those_before(path: Path) -> None:
     study, trainer = load_study(path, Path("runs")), Trainer()
-    run_study(study, 1, trainer, "coco-*-seed3")
-    run_study(study, 1, trainer, "*-16-seed3")
+    run_study(study, 1, trainer, ["coco-*-seed3"])
+    run_study(study, 1, trainer, ["*-16-seed3"])
     assert trainer.seen == ["coco-2-seed3", "coco-16-seed3", "softmax-16-seed3", "sum-16-seed3"]
     assert "| coco-2 |" in Path("runs/tiny/table.md").read_text()
-    assert [run.folder.name for run in runs_named(study, "sum-2-*")] == [f"sum-2-seed{n}" for n in (3, 4, 5)]
+    chosen = runs_named(study, ["sum-2-*", "coco-2-seed4", "sum-*-seed5"])
+    names = ["sum-2-seed3", "coco-2-seed4", "sum-2-seed4", "sum-2-seed5", "sum-16-seed5"]
+    assert [run.folder.name for run in chosen] == names  # one seed after another, none twice
     with pytest.raises(UserError, match="--only: no run matches 'coco'; the first is coco-2-seed3"):
-        run_study(study, 1, trainer, "coco")
+        run_study(study, 1, trainer, ["*-seed4", "coco"])
+    assert len(trainer.seen) == 4
 
 
 def test_a_study_told_to_stop_lets_the_run_in_hand_save_and_begins_no_other(

@@ -139,7 +139,9 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def run_study(study: Study, parallel: int = 1, execute: Execute | None = None, only: str = "*") -> list[Run]:
+def run_study(
+    study: Study, parallel: int = 1, execute: Execute | None = None, only: Sequence[str] = ("*",)
+) -> list[Run]:
     """Run what is not finished, ``parallel`` at a time, and write the table after each; return what failed.
 
     ``only``: see ``runs_named``; the table has all that are finished. Told to stop by a signal it lets the
@@ -183,12 +185,18 @@ def run_study(study: Study, parallel: int = 1, execute: Execute | None = None, o
     return failed
 
 
-def runs_named(study: Study, pattern: str) -> list[Run]:
-    """Return the runs whose names fit a pattern of the shell, ``mnist-*-seed0``. Raises UserError if none."""
-    found = [run for run in study.runs if fnmatch.fnmatchcase(run.folder.name, pattern)]
-    if not found:
-        raise UserError(f"--only: no run matches {pattern!r}; the first is {study.runs[0].folder.name}")
-    return found
+def runs_named(study: Study, patterns: Sequence[str]) -> list[Run]:
+    """Return the runs whose names fit any of the shell's patterns, ``mnist-*-seed0``, in the study's order.
+
+    Raises UserError for a pattern that none fits.
+    """
+    names = [run.folder.name for run in study.runs]
+    fitting = {pattern: set(fnmatch.filter(names, pattern)) for pattern in patterns}
+    for pattern, found in fitting.items():
+        if not found:
+            raise UserError(f"--only: no run matches {pattern!r}; the first is {names[0]}")
+    chosen = set().union(*fitting.values())
+    return [run for run in study.runs if run.folder.name in chosen]
 
 
 def command_of(study: Study, run: Run, port: int = _FIRST_PORT) -> list[str]:
