@@ -68,7 +68,7 @@ def gather_batch(x_N: Tensor, group: ProcessGroup) -> Tensor:
     Each rank gets the same B rows. In backward rank r gets the sum over ranks of the gradients of *its*
     rows, so a loss whose parts live on different ranks is differentiated exactly.
     """
-    return _GatherBatch.apply(x_N, group)
+    return x_N if group.size() == 1 else _GatherBatch.apply(x_N, group)
 
 
 def gather_labelled(x_ND: Tensor, labels_N: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -108,9 +108,7 @@ def sum_of_parts(part: Tensor, group: ProcessGroup) -> Tensor:
 
 def sum_over(x: Tensor, group: ProcessGroup) -> Tensor:
     """Return the sum over ranks, the same on each; any shape and type; no gradient."""
-    total = x.detach().clone()
-    dist.all_reduce(total, ReduceOp.SUM, group=group)
-    return total
+    return _all_reduced(x, ReduceOp.SUM, group)
 
 
 def total_of_parts(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -123,14 +121,14 @@ def total_of_parts(x: Tensor, group: ProcessGroup) -> Tensor:
 
 def max_over(x: Tensor, group: ProcessGroup) -> Tensor:
     """Return the element-wise maximum over ranks, the same on each; no gradient."""
-    total = x.detach().clone()
-    dist.all_reduce(total, ReduceOp.MAX, group=group)
-    return total
+    return _all_reduced(x, ReduceOp.MAX, group)
 
 
 def start_max_over(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
     """Begin ``max_over``; what is returned waits for it and gives the maximum. Others may run meanwhile."""
     total = x.detach().clone()
+    if group.size() == 1:
+        return lambda: total
     work = dist.all_reduce(total, ReduceOp.MAX, group=group, async_op=True)
 
     def finish() -> Tensor:
@@ -172,3 +170,11 @@ def from_all(value: T, group: ProcessGroup) -> list[T]:
 def wait_for_all(group: ProcessGroup) -> None:
     """Return when every rank has come here."""
     dist.barrier(group=group)
+
+
+def _all_reduced(x: Tensor, operation: Any, group: ProcessGroup) -> Tensor:
+    """Return what ``operation`` makes of all ranks' x. One rank alone need not wait for gloo's thread."""
+    result = x.detach().clone()
+    if group.size() > 1:
+        dist.all_reduce(result, operation, group=group)
+    return result

@@ -4,6 +4,7 @@ Launched by ``deepspeed``, ``torchrun``, ``srun`` or plain ``python`` (one rank)
 accelerator torch knows (NCCL on NVIDIA): this is the one place that asks.
 """
 
+import ctypes
 import dataclasses
 import os
 import resource
@@ -20,6 +21,8 @@ from torch.distributed import ProcessGroup, distributed_c10d
 
 from trainer.errors import UserError
 from trainer.heartbeat import Heartbeat
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class LostRankError(RuntimeError):
@@ -109,8 +112,10 @@ def joined_world(timeout_seconds: float) -> Iterator[World]:
     # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     device = _device(local_rank)
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    if device.type == "cpu":
+        _reuse_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if size == 1:  # no launcher: no address to meet at, none needed
         where: dict = {"store": dist.HashStore()}
     else:
@@ -185,6 +190,18 @@ def bound_all_groups(timeout_seconds: float) -> None:
     set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
     for group in list(distributed_c10d._world.pg_map):
         set_timeout(timedelta(seconds=timeout_seconds), group)
+
+
+def _reuse_freed_memory() -> None:
+    """Let glibc keep up to 1 GiB that was freed: what a step frees, the next one wants again.
+
+    By itself it hands activations back to the system and has them zeroed anew: thousands of page faults a
+    step, a tenth of the time of a small network (docs/decisions.md). Other allocators have no mallopt.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 256 * 2**20)
+        mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
 def _device(local_rank: int) -> torch.device:

@@ -108,6 +108,8 @@ def build_engine(config: Config, backbone: Backbone, world: World) -> Any:
     allocate_state(_torch_optimizer(engine))
     if _is_zero(engine):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
+    elif world.size == 1:
+        engine.enable_backward_allreduce = False  # one rank's gradients are their own average
     bound_all_groups(config.engine.timeout_seconds)
     return engine
 
