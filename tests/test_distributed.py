@@ -1,16 +1,13 @@
 """Joining: what a rank says when the others do not come, or when it has no device."""
 
-import platform
-import resource
 from dataclasses import replace
 
 import pytest
 import torch
 from launching import free_port
-from ranks import run_on_ranks
 
 from trainer import distributed
-from trainer.distributed import LostRankError, World, joined_world, require_host_memory
+from trainer.distributed import LostRankError, joined_world, require_host_memory
 from trainer.errors import UserError
 
 
@@ -49,20 +46,3 @@ def test_memory_of_a_host_is_asked_for_by_all_its_ranks_together(monkeypatch: py
         require_host_memory(1000, three, "a copy")
         with pytest.raises(UserError, match=r"^a copy needs 3003 bytes on this host .*, 3000 are available"):
             require_host_memory(1001, three, "a copy")
-
-
-def page_faults_of_a_step(world: World) -> int:
-    """Return how many pages eight tensors of 4 MiB cost the second time, all freed before."""
-    faults = 0
-    for _ in range(2):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        activations = [torch.ones(2**20) for _ in range(8)]
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        del activations
-    return faults
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no mallopt")
-def test_memory_that_a_step_frees_is_there_for_the_next() -> None:
-    (faults,) = run_on_ranks(page_faults_of_a_step, 1)
-    assert faults < 1000  # of 8192 pages, all of which glibc would give back
