@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 from launching import REPOSITORY
 from torch.utils.data import Dataset
 
-from trainer import forks
+from trainer import data, forks
 from trainer.data import build_loader
 from trainer.jobs import Jobs
 
@@ -152,10 +153,27 @@ def test_a_worker_that_does_not_return_a_batch_is_not_waited_for_without_an_end(
     begin = time.monotonic()
     with pytest.raises(RuntimeError, match="timed out after 1"):
         next(batches)
-    assert time.monotonic() - begin < 5
-    worker = active_children()
-    del batches
-    assert worker
+    assert time.monotonic() - begin < 10  # torch waits 5 s for a worker to end before it is killed
+    assert not active_children()
+
+
+class Arrays(Dataset):
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return torch.full((4,), i)
+
+
+def test_a_worker_frozen_while_it_hands_over_a_batch_is_not_waited_for_without_an_end(monkeypatch) -> None:
+    monkeypatch.setattr(data, "_GRACE_SECONDS", 1.0)
+    batches = iter(build_loader(Arrays(), range(NUM_BATCHES), 1, timeout_seconds=1))
+    assert next(batches).tolist() == [0] * 4
+    time.sleep(1.0)  # the second is ready, but its memory is still the worker's
+    [worker] = active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"^a data worker is frozen: nothing came for 2 s$"):
+        list(batches)
+    assert time.monotonic() - begin < 10
     assert not active_children()
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from trainer.augment import Transform, random_state_kept, seed_generators
 from trainer.decode import decode
 from trainer.errors import UserError
-from trainer.forks import ForkUntilAlive
+from trainer.forks import ForkUntilAlive, bounded
 from trainer.index import ShardStore
 from trainer.ledger import BadSample, Ledger
 from trainer.order import Order, Position, rank_positions, sample_key
@@ -31,6 +31,7 @@ from trainer.signals import ignore_in_worker
 
 PADDING_LABEL = -1
 MAX_REPLACEMENTS = 20  # one after another, all bad: then the data is
+_GRACE_SECONDS = 5.0  # for torch's own time-out, which knows more
 
 
 class Samples(Protocol):
@@ -360,9 +361,10 @@ def build_loader(
 ) -> DataLoader[Any]:
     """Return torch's loader of whole batches that ``workers`` make; ``plan`` is None for an IterableDataset.
 
-    A batch that takes ``timeout_seconds`` raises RuntimeError: its worker is stuck.
+    A batch that takes ``timeout_seconds`` raises RuntimeError: its worker is stuck. One that is frozen as a
+    whole is found a few seconds later.
     """
-    return DataLoader(
+    return _Loader(
         batches,
         sampler=plan,
         batch_size=None,
@@ -373,6 +375,14 @@ def build_loader(
         timeout=timeout_seconds if workers else 0,
         multiprocessing_context=ForkUntilAlive() if workers else None,
     )
+
+
+class _Loader(DataLoader[Any]):
+    """torch's, whose time-out does not cover a worker that is frozen while it hands over its batch."""
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        return bounded(batches, self.timeout + _GRACE_SECONDS) if self.num_workers else batches
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -10,12 +10,18 @@ groups, destroyed there, end it with a segmentation fault.
 import ctypes
 import gc
 import logging
+import math
 import os
 import select
 import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing import active_children
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
+from typing import Any
 
 log = logging.getLogger("trainer")
 
@@ -85,3 +91,38 @@ class ForkUntilAlive(ForkContext):
     """
 
     Process = _Child  # type: ignore[assignment]
+
+
+def bounded(items: Iterator[Any], seconds: float) -> Iterator[Any]:
+    """Yield ``items``, which children make; kill them and raise RuntimeError if one takes ``seconds``.
+
+    For a child that is frozen as a whole (SIGSTOP): this process may wait within a system call for what the
+    child has to hand over, and that call ends with the child.
+    """
+    ended, began, is_late = threading.Event(), math.inf, False
+
+    def watch() -> None:
+        nonlocal is_late
+        while not ended.wait(1.0):
+            if time.monotonic() - began > seconds:
+                is_late = True
+                for child in active_children():
+                    if isinstance(child, _Child):
+                        child.kill()
+                return
+
+    threading.Thread(target=watch, name="patience", daemon=True).start()
+    try:
+        while True:
+            began = time.monotonic()
+            item = next(items, ended)
+            began = math.inf
+            if item is ended:
+                return
+            yield item
+    except (OSError, EOFError, RuntimeError) as error:
+        if is_late:
+            raise RuntimeError(f"a data worker is frozen: nothing came for {seconds:g} s") from error
+        raise
+    finally:
+        ended.set()
