@@ -224,6 +224,12 @@ def test_the_table_has_means_deviations_and_a_test_against_the_same_dimension(pa
         (("[eval/test/accuracy, ", "[5, "), "metrics: must be names"),
         (("seeds: [3, 4, 5]", ""), "seeds: is required"),
         (("common:", "comon:"), "comon: unknown field"),
+        (
+            ("baseline:", "rows: {cocoa-*: {}}\nbaseline:"),
+            "rows: no row matches 'cocoa-*'; the first is coco-2",
+        ),
+        (("baseline:", "rows: {coco-*: 5}\nbaseline:"), "rows.coco-*: must be section.field: value, got 5"),
+        (("baseline:", "rows: {coco-*: {optim.lrr: 1}}\nbaseline:"), "optim.lrr: unknown field"),
         (("optim.lr: 0.25", "optim.lrr: 0.25"), "optim.lrr: unknown field; did you mean optim.lr"),
     ],
 )
@@ -235,6 +241,16 @@ def test_a_study_that_cannot_be_is_refused_before_anything_runs(
         load_study(path, Path("runs"))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_rows_change_what_their_axes_and_common_say(path: Path) -> None:
+    path.write_text(STUDY + "rows: {'*-16': {optim.lr: 0.125}, softmax-16: {head.scale: 9}}\n")
+    rates, scales = {}, {}
+    for run in load_study(path, Path("runs")).runs:
+        config = load(Path("base.yaml"), run.overrides)
+        rates[run.row], scales[run.row] = config.optim.lr, config.head.scale
+    assert {row[1]: rate for row, rate in rates.items()} == {"2": 0.5, "16": 0.125}
+    assert [row for row, scale in scales.items() if scale == 9] == [("softmax", "16")]
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)

@@ -7,6 +7,7 @@ A study is a YAML file::
     axes:                           # a row is one value of each axis, named by all of them: coco-d2
       loss: {coco: {loss.name: coco}, softmax: {loss.name: softmax}}
       dim: {d2: {backbone.embedding_dim: 2}, d128: {backbone.embedding_dim: 128}}
+    rows: {coco-*: {optim.lr: 0.2}} # changes to the rows whose names fit; optional
     baseline: softmax               # rows are tested against the row with this value in place of their own
     seeds: [0, 1, 2]
     metrics: [eval/test/accuracy]   # the first is tested
@@ -50,7 +51,7 @@ from trainer.signals import StopRequest
 log = logging.getLogger("trainer")
 
 _REQUIRED = {"base": str, "axes": dict, "seeds": list, "metrics": list}
-_OPTIONAL = {"common": dict, "baseline": str, "ranks": int}
+_OPTIONAL = {"common": dict, "rows": dict, "baseline": str, "ranks": int}
 _FIRST_PORT = 29600
 _server = multiprocessing.get_context("forkserver")
 
@@ -93,11 +94,9 @@ def load_study(path: Path, root: Path, overrides: Sequence[str] = ()) -> Study:
     axes, base = tree["axes"], Path(tree["base"])
     runs: dict[str, Run] = {}
     for seed, row in itertools.product(tree["seeds"], itertools.product(*axes.values())):
-        changes = dict(tree.get("common") or {})
-        for values, value in zip(axes.values(), row, strict=True):
-            changes |= values[value]
+        changes, row_name = _changes_of(tree, row), _row_name(row)
         texts = [f"{field}={json.dumps(value, default=str)}" for field, value in changes.items()]
-        name = f"{'-'.join(map(str, row))}-seed{seed}"
+        name = f"{row_name}-seed{seed}"
         if name in runs:
             raise UserError(f"{path}: axes, seeds: two runs have the name {name}")
         run = Run(tuple(map(str, row)), seed, root / path.stem / name, (*texts, *overrides, f"seed={seed}"))
@@ -115,6 +114,21 @@ def load_study(path: Path, root: Path, overrides: Sequence[str] = ()) -> Study:
     )
 
 
+def _row_name(row: Sequence[Any]) -> str:
+    return "-".join(map(str, row))
+
+
+def _changes_of(tree: Mapping[str, Any], row: Sequence[Any]) -> dict[str, Any]:
+    """Return what a row changes of the recipe; of two values for a field the later section's counts."""
+    changes = dict(tree.get("common", {}))
+    for values, value in zip(tree["axes"].values(), row, strict=True):
+        changes |= values[value]
+    for pattern, own in tree.get("rows", {}).items():
+        if fnmatch.fnmatchcase(_row_name(row), str(pattern)):
+            changes |= own
+    return changes
+
+
 def _read(path: Path) -> dict[str, Any]:
     """Return the fields of a study file. Raises UserError for what no study can have."""
     tree = read_yaml(path)
@@ -130,6 +144,12 @@ def _read(path: Path) -> dict[str, Any]:
     for axis, values in axes.items():
         if not (values and isinstance(values, dict) and all(isinstance(v, dict) for v in values.values())):
             raise UserError(f"{path}: axes.{axis}: must map each name to section.field: value")
+    names = [_row_name(row) for row in itertools.product(*axes.values())]
+    for pattern, changes in tree.get("rows", {}).items():
+        if not isinstance(changes, dict):
+            raise UserError(f"{path}: rows.{pattern}: must be section.field: value, got {changes!r}")
+        if not fnmatch.filter(names, str(pattern)):
+            raise UserError(f"{path}: rows: no row matches {pattern!r}; the first is {names[0]}")
     if baseline is not None and not any(baseline in map(str, values) for values in axes.values()):
         raise UserError(f"{path}: baseline: {baseline!r} is on no axis")
     if not all(type(seed) is int for seed in tree["seeds"]) or tree.get("ranks", 1) < 1:
@@ -214,7 +234,7 @@ def write_table(study: Study) -> Path:
     folder = study.runs[0].folder.parent
     folder.mkdir(parents=True, exist_ok=True)
     found = results_of(study)
-    per_run = [{"row": "-".join(row), "seed": seed, **values} for (row, seed), values in found.items()]
+    per_run = [{"row": _row_name(row), "seed": seed, **values} for (row, seed), values in found.items()]
     _write_csv(folder / "runs.csv", ["row", "seed", *study.metrics, "seconds"], per_run)
     lines = summary(study, found)
     columns = list(lines[0]) if lines else ["row"]
@@ -246,7 +266,7 @@ def summary(study: Study, found: Results) -> list[dict]:
         own = {seed: values for (of, seed), values in found.items() if of == row}
         if not own:
             continue
-        line: dict[str, Any] = {"row": "-".join(row), "n": len(own)}
+        line: dict[str, Any] = {"row": _row_name(row), "n": len(own)}
         for metric in (*study.metrics, "seconds"):
             values = [run[metric] for run in own.values()]
             line[metric] = statistics.fmean(values)
