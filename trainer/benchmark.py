@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.collectives import max_over, wait_for_all
+from trainer.collectives import from_all, wait_for_all
 from trainer.distributed import World, require_memory
 from trainer.fused import FusedCocoHead
 from trainer.head import ClassShard, CocoHead
@@ -78,8 +78,8 @@ def measure_head(case: HeadCase, world: World) -> dict[str, Any]:
         "ranks": world.size,
         "dtype": case.dtype,
         "step_seconds": seconds["step"],
-        "state_bytes_per_rank": int(max_over(torch.tensor(state_bytes), world.group)),
-        "peak_extra_bytes_per_rank": int(max_over(torch.tensor(peak_bytes), world.group)),
+        "state_bytes_per_rank": max(from_all(state_bytes, world.group)),
+        "peak_extra_bytes_per_rank": max(from_all(peak_bytes, world.group)),
         "loss": float(losses[0]),
         "device": world.device.type,
         "threads": torch.get_num_threads(),
@@ -168,8 +168,7 @@ def in_turn(timed: dict[str, Callable[[], object]], rounds: int, world: World) -
             began = time.perf_counter()
             step()
             synchronise(world)
-            took = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
-            seconds[name].append(float(max_over(took, world.group)))
+            seconds[name].append(max(from_all(time.perf_counter() - began, world.group)))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

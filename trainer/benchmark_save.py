@@ -16,8 +16,8 @@ from torch import nn
 from torch.optim import SGD
 
 from trainer.checkpoint import Contents, head_tensors, load_head_rows
-from trainer.collectives import max_over, sum_over, wait_for_all
-from trainer.distributed import World, require_memory
+from trainer.collectives import from_all, wait_for_all
+from trainer.distributed import World, require_host_memory, require_memory
 from trainer.head import ClassShard
 from trainer.optimizer import allocate_state
 from trainer.saving import Checkpoints
@@ -43,8 +43,9 @@ def measure_saving(case: SaveCase, world: World) -> dict[str, Any]:
     """Return the figures of one case; every rank must call it, each gets the same."""
     shard = ClassShard.of_rank(case.classes, world.rank, world.size)
     state_bytes = len(shard) * case.dim * 4 * 2
-    require_memory(state_bytes * 2, world, f"--classes {case.classes}")  # the state and its copy
-    head, optimizer = _state(shard, case.dim)
+    require_memory(state_bytes, world, f"--classes {case.classes}")
+    head, optimizer = _state(shard, case.dim, world.device)
+    require_host_memory(state_bytes, world, f"--classes {case.classes}: the copy")
     checkpoints = Checkpoints(case.folder, 1, world.group)
     tensors = head_tensors(head, optimizer)
     checkpoints.copied(Contents(0, {}, {}, tensors, shard))  # as a run does before training
@@ -60,14 +61,14 @@ def measure_saving(case: SaveCase, world: World) -> dict[str, Any]:
         seconds["pause_cpu"].append(_slowest(pause.cpu_seconds, world))
         seconds["behind"].append(_slowest(behind, world))
     del head, optimizer, tensors
-    loading = _loading(path, shard, case.dim, state_bytes)
+    loading = _loading(path, shard, case.dim, state_bytes, world.device)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "name": "checkpoint",
         "classes": case.classes,
         "dim": case.dim,
         "ranks": world.size,
-        "bytes": int(sum_over(torch.tensor(state_bytes), world.group)),
+        "bytes": sum(from_all(state_bytes, world.group)),
         "blocking_seconds": median["blocking"],
         "async_pause_seconds": median["pause"],
         "async_pause_cpu_seconds": median["pause_cpu"],
@@ -105,8 +106,8 @@ def _save_behind(checkpoints: Checkpoints, contents: Contents, world: World) -> 
     return pause, time.perf_counter() - start, path
 
 
-def _state(shard: ClassShard, dim: int) -> tuple[nn.Module, SGD]:
-    head = _Rows(len(shard), dim)
+def _state(shard: ClassShard, dim: int, device: torch.device) -> tuple[nn.Module, SGD]:
+    head = _Rows(len(shard), dim).to(device)
     optimizer = SGD(head.parameters(), momentum=0.9)
     allocate_state(optimizer)
     for state in optimizer.state.values():
@@ -114,10 +115,12 @@ def _state(shard: ClassShard, dim: int) -> tuple[nn.Module, SGD]:
     return head, optimizer
 
 
-def _loading(path: Path, shard: ClassShard, dim: int, state_bytes: int) -> dict[str, float]:
+def _loading(
+    path: Path, shard: ClassShard, dim: int, state_bytes: int, device: torch.device
+) -> dict[str, float]:
     """Build a state and load it; memory is what the process allocates, not the pages of files it has read."""
     before = _allocated_bytes()
-    head, optimizer = _state(shard, dim)
+    head, optimizer = _state(shard, dim, device)
     start = time.perf_counter()
     with _PeakMemory() as peak:
         load_head_rows(head, optimizer, path, shard, steps=0)
@@ -149,4 +152,4 @@ def _allocated_bytes() -> int:
 
 
 def _slowest(value: float, world: World) -> float:
-    return float(max_over(torch.tensor(value, dtype=torch.float64), world.group))
+    return max(from_all(value, world.group))

@@ -58,7 +58,7 @@ def allocate_state(optimizer: Optimizer) -> None:
             continue
         state.update({key: torch.zeros_like(parameter) for key in state_keys(optimizer)})
         if isinstance(optimizer, AdamW):
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), device=parameter.device)  # where the fused kernel reads it
 
 
 def steps_taken(optimizer: Optimizer) -> int:

@@ -67,11 +67,9 @@ def build_head(config: Config, world: World, dim: int) -> DenseHead:
         else _build_cosine_head(name, config, world, shard, dim)
         for name in weights
     }
-    for part in parts.values():
-        part.to(world.device)
     if len(parts) == 1 and config.loss.name in (*MARGINS, "softmax"):
-        return parts[config.loss.name]
-    return WeightedSum({name: (weights[name], part) for name, part in parts.items()})
+        return parts[config.loss.name].to(world.device)
+    return WeightedSum({name: (weights[name], part) for name, part in parts.items()}).to(world.device)
 
 
 def _build_cosine_head(name: str, config: Config, world: World, shard: ClassShard, dim: int) -> CocoHead:
