@@ -16,7 +16,7 @@ SIDE = 6
 def embed(images_NCHW: Tensor) -> Tensor:
     """A fixed projection, float64 inside, so that batches and ranks cannot change a bit of it."""
     projection = torch.randn(SIDE * SIDE, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    return ((images_NCHW[:, :1].flatten(1).double() - 128) @ projection).float()
+    return ((images_NCHW[:, :1].flatten(1).double() - 128) @ projection.to(images_NCHW.device)).float()
 
 
 MODEL = Model(embed, Reading(image_size=SIDE, channels=1, batch_size=4))

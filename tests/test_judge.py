@@ -9,6 +9,7 @@ import io
 import json
 import sys
 import tarfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerator import accelerated
 from patterns import MODEL, embed, embedded, pattern, save, save_album, save_lfw
 from PIL import Image
 from ranks import run_on_ranks
@@ -118,6 +120,24 @@ def figures(root: Path) -> dict[str, dict[str, float]]:
             assert found == alone
     assert tuple(alone) == NAMES
     return alone
+
+
+def judge_all_accelerated(
+    world: World, cases: dict[str, ProtocolConfig]
+) -> dict[str, dict[str, float] | str]:
+    found: dict[str, dict[str, float] | str] = {}
+    for name, config in cases.items():
+        try:
+            with accelerated(world) as world_there:
+                found[name] = judge_on_rank(world_there, config)
+        except Exception:
+            found[name] = traceback.format_exc()
+    return found
+
+
+def test_an_accelerator_gives_the_same_figures(root: Path, figures: dict[str, dict[str, float]]) -> None:
+    for found in run_on_ranks(judge_all_accelerated, 2, configs(root)):
+        assert found == figures
 
 
 def features_of(root: Path, name: str) -> tuple[Tensor, Tensor, list[Path]]:

@@ -19,12 +19,12 @@ from trainer.config import Config
 from trainer.decode import decode
 from trainer.distributed import World, joined_world
 from trainer.errors import UserError
-from trainer.feed import open_training_data
+from trainer.feed import open_training_data, with_derived_fields
 from trainer.head import ClassShard, CocoHead, initial_rows
 from trainer.index import open_index
 from trainer.margins import CosineSoftmax
 from trainer.options import load
-from trainer.state import TrainState
+from trainer.state import TrainState, build_head
 from trainer.trained import open_trained
 from trainer.warm_start import warm_start, weights_for
 
@@ -128,6 +128,16 @@ def test_a_class_without_images_keeps_its_random_row_and_sub_centroids_differ(ro
     torch.testing.assert_close(rows[kept, 0], means[kept])
     nearness = (rows[kept, 1] * means[kept]).sum(1)
     assert ((nearness > 0.95) & (nearness < 0.9999)).all()
+
+    config = config_of(root, "init.centroids=class_means", "loss.extra={center: 0.1}")
+    with joined_world(60) as world:
+        data = open_training_data(config)
+        head = build_head(with_derived_fields(config, data), world, 12)
+        state = TrainState(Engine(random_backbone(config)), head, torch.optim.SGD(head.parameters(), 0.1))
+        warm_start(state, config, data, world)
+    of_coco, of_center = [p.detach() for p in head.parameters()]
+    torch.testing.assert_close(of_coco[kept], means[kept])
+    torch.testing.assert_close(of_center[kept], means[kept])
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "its file", "names of the module"])

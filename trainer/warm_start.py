@@ -59,19 +59,20 @@ def weights_for(backbone: nn.Module, source: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def set_class_means(state: TrainState, config: Config, data: TrainingData, world: World) -> None:
-    """Point every centroid to the mean feature of its class; those without images stay random. Collective."""
+    """Point every row to the mean feature of its class; those without images stay random. Collective."""
     if data.index is None:
         raise UserError("init.centroids: class_means needs data.reader=indexed, got stream")
-    (rows_CD,) = (p for p in state.head.parameters() if p.ndim > 1)
+    matrices = [p for p in state.head.parameters() if p.ndim > 1]  # a sum of losses has several
     state.engine.eval()
     means_CD, counts_C = class_means(
-        state.engine, data.index, state.head.shard, rows_CD.shape[1], config, world
+        state.engine, data.index, state.head.shard, matrices[0].shape[1], config, world
     )
     state.engine.train()
     sub_centroids = config.head.sub_centroids
     new_CD = centroids_at(means_CD, sub_centroids, config.seed, state.head.shard)
     has_images_C = (counts_C > 0).repeat_interleave(sub_centroids)
-    rows_CD[has_images_C] = new_CD[has_images_C].to(rows_CD.dtype)
+    for rows_CD in matrices:
+        rows_CD[has_images_C] = new_CD[has_images_C].to(rows_CD.dtype)
     log.info("centroids begin as the mean features of %d images", data.num_samples)
 
 
