@@ -87,17 +87,8 @@ def measure_training(case: TrainCase, world: World) -> dict[str, Any]:
     if case.against:
         result |= {"plain_seconds": seconds["plain"], "speedup": seconds["plain"] / seconds["update"]}
     return {
-        "name": "train",
-        "backbone": config.backbone.name,
-        "image_size": image_size_of(config.backbone),
+        **_settings(config, world),
         "dim": bare.dim,
-        "loss_name": config.loss.name,
-        "classes": config.head.num_classes,
-        "global_batch": config.data.batch_size,
-        "ranks": world.size,
-        "dtype": compute_dtype(config, world),
-        "zero_stage": config.engine.zero_stage,
-        "workers": config.data.workers,
         "step_seconds": step_seconds,
         "images_per_second": config.data.batch_size / step_seconds,
         "data_wait_fraction": seconds["data"] / step_seconds,
@@ -106,6 +97,22 @@ def measure_training(case: TrainCase, world: World) -> dict[str, Any]:
         "update_over_backbone": seconds["update"] / seconds["backbone"],
         **result,
         "peak_memory_bytes": world.peak_memory_bytes,
+    }
+
+
+def _settings(config: Config, world: World) -> dict[str, Any]:
+    """Return what was measured, and on what."""
+    return {
+        "name": "train",
+        "backbone": config.backbone.name,
+        "image_size": image_size_of(config.backbone),
+        "loss_name": config.loss.name,
+        "classes": config.head.num_classes,
+        "global_batch": config.data.batch_size,
+        "ranks": world.size,
+        "dtype": compute_dtype(config, world),
+        "zero_stage": config.engine.zero_stage,
+        "workers": config.data.workers,
         "device": world.device.type,
         "threads": torch.get_num_threads(),
     }
