@@ -92,7 +92,7 @@ def _run(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     found = operation(*own_args, **own_kwargs)
     if library == "c10d":
         return found
-    if torch.Tag.inplace_view in operation.tags:  # the tensor itself has the old shape
+    if here and torch.Tag.inplace_view in operation.tags:  # the tensor itself has the old shape
         with no_dispatch():
             operation(*args, **kwargs)
     changed = _changed_arguments(operation._schema, args, kwargs)

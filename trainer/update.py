@@ -7,6 +7,7 @@ import torch
 from trainer.config import Config
 from trainer.data import Batch
 from trainer.distributed import World
+from trainer.errors import UserError
 from trainer.feed import TrainingData
 from trainer.health import NonFinite
 from trainer.joint import JointStep, StepOutput
@@ -31,7 +32,10 @@ def build_step(state: TrainState, config: Config, world: World) -> JointStep:
 def build_update(
     state: TrainState, config: Config, data: TrainingData, world: World
 ) -> Callable[[Batch, float], StepOutput]:
-    """Build ``build_step`` in what every step needs: its randomness, and an eye on its numbers."""
+    """Build ``build_step`` in what every step needs: its randomness, and an eye on its numbers.
+
+    Its steps raise UserError where a batch norm has a single number per channel.
+    """
     step_of, engine = build_step(state, config, world), config.engine
     guard = NonFinite(
         engine.on_nonfinite, engine.max_skipped_steps, config.run_folder / "nonfinite", world.group
@@ -41,7 +45,12 @@ def build_update(
         # Dropout draws from this: the same after a resume.
         torch.manual_seed(fold(config.seed, state.step, world.rank))
         guard.before_step([*state.engine.module.buffers(), *state.head.statistics().values()])
-        out = step_of(batch.images_NCHW.to(world.device), batch.labels_N.to(world.device), lr, state.step)
+        try:
+            out = step_of(batch.images_NCHW.to(world.device), batch.labels_N.to(world.device), lr, state.step)
+        except ValueError as error:
+            if len(batch.images_NCHW) > engine.accumulation_steps:
+                raise
+            raise UserError(f"data.batch_size: a rank has one image at a time: {error}") from error
         if is_finite(out, config):
             guard.passed()
             return out
