@@ -167,9 +167,11 @@ def trained(world: World, texts: Sequence[str]) -> list[Tensor]:
         mock.patch.object(state, "build_engine", PlainEngine),
     ):
         first = loop.train(config)
+        last = config.run_folder / "checkpoints" / "step-00000002"
         if world.is_main:
-            shutil.rmtree(config.run_folder / "checkpoints" / "step-00000002")
+            shutil.rmtree(last)
         again = loop.train(config)
+        assert last.is_dir()
     return [torch.tensor([*first.values(), *again.values()], device=world.device)]
 
 

@@ -199,3 +199,10 @@ def test_a_head_of_other_classes_is_refused_by_name(root, tmp_path):
 def test_contradictions_are_refused(root, overrides):
     with pytest.raises(UserError, match=r"init.head: needs init.from, and init.centroids=random"):
         config_of(root, *overrides)
+
+
+def test_class_means_for_a_loss_without_rows_are_refused(root):
+    with pytest.raises(
+        UserError, match=r"^init\.centroids: class_means needs a loss with rows, got triplet$"
+    ):
+        config_of(root, "init.centroids=class_means", "loss.name=triplet")

@@ -39,6 +39,8 @@ def _check_weights_and_pixels(config: Config) -> None:
     backbone = config.backbone
     if config.init.head and (config.init.from_ is None or config.init.centroids == "class_means"):
         raise UserError("init.head: needs init.from, and init.centroids=random")
+    if config.init.centroids == "class_means" and config.loss.weights[config.loss.judge] == 0:
+        raise UserError(f"init.centroids: class_means needs a loss with rows, got {config.loss.name}")
     for name, values in (("mean", backbone.mean), ("std", backbone.std)):
         if values is not None and len(values) not in (1, backbone.channels):
             raise UserError(f"backbone.{name}: has {len(values)} numbers for {backbone.channels} channels")

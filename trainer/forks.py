@@ -122,7 +122,7 @@ def bounded(items: Iterator[Any], seconds: float) -> Iterator[Any]:
             yield item
     except (OSError, EOFError, RuntimeError) as error:
         if is_late:
-            raise RuntimeError(f"a data worker is frozen: nothing came for {seconds:g} s") from error
+            raise RuntimeError(f"nothing came for {seconds:g} s: a data worker is frozen") from error
         raise
     finally:
         ended.set()

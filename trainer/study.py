@@ -94,9 +94,8 @@ def load_study(path: Path, root: Path, overrides: Sequence[str] = ()) -> Study:
     axes, base = tree["axes"], Path(tree["base"])
     runs: dict[str, Run] = {}
     for seed, row in itertools.product(tree["seeds"], itertools.product(*axes.values())):
-        changes, row_name = _changes_of(tree, row), _row_name(row)
+        changes, name = _changes_of(tree, row), f"{_row_name(row)}-seed{seed}"
         texts = [f"{field}={json.dumps(value, default=str)}" for field, value in changes.items()]
-        name = f"{row_name}-seed{seed}"
         if name in runs:
             raise UserError(f"{path}: axes, seeds: two runs have the name {name}")
         run = Run(tuple(map(str, row)), seed, root / path.stem / name, (*texts, *overrides, f"seed={seed}"))

@@ -64,9 +64,7 @@ def _neighbours(all_AD: Tensor, k: int, sharing: Sharing, block: int) -> tuple[N
         distances_BA = _distances(all_AD[rows], all_AD)
         largest_A[rows] = distances_BA.amax(dim=1)
         own = torch.arange(len(all_AD), device=all_AD.device)[rows]
-        distances_BA[
-            torch.arange(len(own), device=own.device), own
-        ] = -1  # an equal image must not take its place
+        distances_BA.scatter_(1, own[:, None], -1)  # an equal image must not take its place
         nearest_Ak[rows] = distances_BA.topk(k, dim=1, largest=False).indices
     return sharing.total(nearest_Ak).cpu().numpy(), sharing.total(largest_A)
 
