@@ -161,7 +161,7 @@ def test_every_row_has_a_seed_before_the_next_seed_begins(path: Path) -> None:
 def test_a_finished_run_with_other_settings_stops_the_study(path: Path) -> None:
     run_study(load_study(path, Path("runs")), 1, Trainer())
     other = Trainer()
-    with pytest.raises(UserError, match=r"coco-2-seed3: was finished with other settings \(optim.lr\)"):
+    with pytest.raises(UserError, match=r"coco-2-seed3: was begun with other settings \(optim.lr\)"):
         run_study(load_study(path, Path("runs"), ["optim.lr=2"]), 1, other)
     assert other.seen == []
 
@@ -169,12 +169,49 @@ def test_a_finished_run_with_other_settings_stops_the_study(path: Path) -> None:
 def test_a_recipe_edited_under_finished_runs_stops_the_study(path: Path) -> None:
     run_study(load_study(path, Path("runs")), 1, Trainer())
     path.with_name("base.yaml").write_text("data: {train: none}\noptim: {steps: 1, weight_decay: 0.75}\n")
-    with pytest.raises(UserError, match=r"was finished with other settings \(optim.weight_decay\)"):
+    with pytest.raises(UserError, match=r"was begun with other settings \(optim.weight_decay\)"):
         run_study(load_study(path, Path("runs")), 1, Trainer())
     path.write_text(STUDY + "ranks: 2\n")
     path.with_name("base.yaml").write_text("data: {train: none}\noptim: {steps: 1}\n")
-    with pytest.raises(UserError, match=r"was finished with other settings \(ranks\)"):
+    with pytest.raises(UserError, match=r"was begun with other settings \(ranks\)"):
         run_study(load_study(path, Path("runs")), 1, Trainer())
+
+
+def test_a_run_that_stopped_goes_on_with_its_own_settings_only(path: Path) -> None:
+    stopped = Trainer(fails="coco-2-seed3")
+    run_study(load_study(path, Path("runs")), 1, stopped, ["coco-2-seed3"])
+    other = load_study(path, Path("runs"), ["optim.lr=2"])
+    run_study(other, 1, stopped, ["coco-2-seed3"])  # nothing was trained: nothing to be mixed
+    Path("runs/tiny/coco-2-seed3/checkpoints/step-00000001").mkdir(parents=True)
+    assert len(run_study(other, 1, stopped, ["coco-2-seed3"])) == 1
+    assert stopped.seen == ["coco-2-seed3"] * 3
+    with pytest.raises(UserError, match=r"coco-2-seed3: was begun with other settings \(optim.lr\)"):
+        run_study(load_study(path, Path("runs")), 1, stopped)
+    assert len(stopped.seen) == 3
+
+
+def test_runs_of_other_settings_are_not_in_the_table(path: Path) -> None:
+    run_study(load_study(path, Path("runs")), 1, Trainer(), ["coco-*"])
+    other = load_study(path, Path("runs"), ["optim.lr=2"])
+    run_study(other, 1, Trainer(), ["softmax-2-*"])
+    assert {row for row, _ in results_of(other)} == {("softmax", "2")}
+    table = write_table(other).read_text()
+    assert "| coco" not in table
+    left_out = "Left out, for they had other settings: coco-2-seed3, coco-16-seed3, coco-2-seed4,"
+    assert left_out in table
+
+
+def test_differences_that_are_equal_but_for_rounding_have_no_p(path: Path) -> None:
+    study = load_study(path, Path("runs"))
+    values = {"coco": (0.9965, 0.9958, 0.9961), "softmax": (0.9955, 0.9948, 0.9951)}
+    found = {
+        ((loss, "2"), seed): {metric: float(np.float32(v)) for metric in (*study.metrics, "seconds")}
+        for loss, of_seeds in values.items()
+        for seed, v in zip((3, 4, 5), of_seeds, strict=True)
+    }
+    line = summary(study, found)[0]
+    assert (line["row"], line["p"]) == ("coco-2", None)
+    assert line["difference"] == pytest.approx(0.001, rel=1e-3)
 
 
 def test_order_defaults_and_logging_mean_nothing_to_a_finished_run(path: Path) -> None:
@@ -241,6 +278,7 @@ def test_a_study_that_cannot_be_is_refused_before_anything_runs(
         load_study(path, Path("runs"))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(path))
 
 
 def test_rows_change_what_their_axes_and_common_say(path: Path) -> None:

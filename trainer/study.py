@@ -13,8 +13,9 @@ A study is a YAML file::
     metrics: [eval/test/accuracy]   # the first is tested
     ranks: 1                        # above 1 by DeepSpeed's launcher; optional
 
-Runs live in ``<root>/<study>/<row>-seed<n>``; one with a done.json is finished and never run again. All rows
-have a seed before the next one begins: the table compares them whenever a study is stopped.
+Runs live in ``<root>/<study>/<row>-seed<n>``; one with a done.json is finished and never run again. What it
+was begun with is kept beside it: other settings neither go on with it nor stand in one table with it. All
+rows have a seed before the next one begins: the table compares them whenever a study is stopped.
 """
 
 import csv
@@ -43,7 +44,7 @@ from typing import Any
 
 from scipy.stats import ttest_rel
 
-from trainer.config import to_dict
+from trainer.config import Config, to_dict
 from trainer.errors import UserError
 from trainer.options import changed_since, load, read_yaml
 from trainer.signals import StopRequest
@@ -71,6 +72,8 @@ class Run:
     folder: Path
     overrides: tuple[str, ...]
     """``section.field=value``, all that differs from the recipe but the folder."""
+    config: Config
+    """What these make of the recipe."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,12 @@ def load_study(path: Path, root: Path, overrides: Sequence[str] = ()) -> Study:
         texts = [f"{field}={json.dumps(value, default=str)}" for field, value in changes.items()]
         if name in runs:
             raise UserError(f"{path}: axes, seeds: two runs have the name {name}")
-        run = Run(tuple(map(str, row)), seed, root / path.stem / name, (*texts, *overrides, f"seed={seed}"))
-        load(base, (*run.overrides, f"run.name={name}"))  # a typo in the last row is met now
-        runs[name] = run
+        texts += [*overrides, f"seed={seed}"]
+        try:  # a typo in the last row is met now
+            config = load(base, (*texts, f"run.name={name}"))
+        except UserError as error:
+            raise UserError(f"{path}: {_row_name(row)}: {error}") from None
+        runs[name] = Run(tuple(map(str, row)), seed, root / path.stem / name, tuple(texts), config)
     return Study(
         name=path.stem,
         command=shlex.join(["python", "launch/study.py", str(path), *overrides]),
@@ -164,8 +170,8 @@ def run_study(
     """Run what is not finished, ``parallel`` at a time, and write the table after each; return what failed.
 
     ``only``: see ``runs_named``; the table has all that are finished. Told to stop by a signal it lets the
-    runs in hand save and begins no other. Raises UserError, before anything runs, for a finished run that had
-    other settings. Main thread only.
+    runs in hand save and begins no other. Raises UserError, before anything runs, for a run that was begun
+    with other settings. Main thread only.
     """
     chosen = runs_named(study, only)
     waiting = [run for run in chosen if not _is_finished(run, study)]
@@ -176,14 +182,12 @@ def run_study(
         number, run = numbered
         if stop.is_asked:
             return None
-        run.folder.mkdir(parents=True, exist_ok=True)
+        _keep_record(run, study, _record(run).get("seconds"))
         command, began = command_of(study, run, port=_FIRST_PORT + number % 1000), time.monotonic()
         log.info("begins %s; its lines: %s", run.folder.name, run.folder / "study.log")
         code = (execute or partial(_choose_execute(study), stop))(command, run.folder / "study.log")
-        seconds = _seconds_before(run) + time.monotonic() - began
-        settings = to_dict(load(study.base, run.overrides))
-        record = {"settings": settings, "ranks": study.ranks, "seconds": round(seconds, 1)}
-        (run.folder / "study.json").write_text(json.dumps(record, indent=1) + "\n")
+        seconds = (_record(run).get("seconds") or 0.0) + time.monotonic() - began
+        _keep_record(run, study, round(seconds, 1))
         count, took = next(ended), time.monotonic() - start
         left = timedelta(seconds=round(took / count * (len(waiting) - count)))
         is_finished = not code and (run.folder / "done.json").exists()
@@ -243,6 +247,9 @@ def write_table(study: Study) -> Path:
     versus = f"; p: paired t test over seeds against {study.baseline}" if study.baseline else ""
     machine = f"{platform.machine()}, {os.cpu_count()} CPU cores"
     what = f"`{study.command}` (`--commands` prints each run's), {study.ranks} rank(s) on {machine}{versus}."
+    others = [run.folder.name for run in study.runs if _is_done(run) and _differences(run, study)]
+    if others:
+        what += f" Left out, for they had other settings: {', '.join(others)}."
     header = f"# {study.name}\n\n{what}\n\n"
     path = folder / "table.md"
     path.write_text(header + text + "\n")
@@ -250,7 +257,7 @@ def write_table(study: Study) -> Path:
 
 
 def results_of(study: Study) -> Results:
-    """Return (row, seed) -> metrics and seconds of every finished run."""
+    """Return (row, seed) -> metrics and seconds of every run that was finished with the study's settings."""
     return {(run.row, run.seed): values for run in study.runs if (values := _results(run, study))}
 
 
@@ -293,50 +300,68 @@ def _baseline_of(study: Study, row: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _p_value(pairs: Sequence[tuple[float, float]]) -> float | None:
-    if len(pairs) < 2 or len({a - b for a, b in pairs}) == 1:
-        return None
+    differences = [a - b for a, b in pairs]
+    rounding = 1e-6 * max((abs(value) for pair in pairs for value in pair), default=0.0)
+    if len(pairs) < 2 or statistics.stdev(differences) <= rounding:
+        return None  # equal differences: their float32 rounding is not a spread
     p = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
     return p if math.isfinite(p) else None
 
 
+def _is_done(run: Run) -> bool:
+    return (run.folder / "done.json").exists()
+
+
 def _is_finished(run: Run, study: Study) -> bool:
-    if not (run.folder / "done.json").exists():
-        return False
+    if other := _differences(run, study):
+        raise UserError(
+            f"{run.folder}: was begun with other settings ({', '.join(other)}); remove it, or rename row or "
+            "study"
+        )
+    # One that ended before its time was recorded goes on from its last checkpoint, the end.
+    return _is_done(run) and _record(run).get("seconds") is not None
+
+
+def _differences(run: Run, study: Study) -> list[str]:
+    """Return the fields in which a run has trained with other values than the study has now."""
+    has_trained = _is_done(run) or any((run.folder / "checkpoints").glob("step-*"))
+    if not (has_trained and (record := _record(run))):
+        return []
+    changed = changed_since(record["settings"], run.config)
+    other = [name for name in changed if name.split(".")[0] not in ("run", "log")]
+    return other + (["ranks"] if record["ranks"] != study.ranks else [])
+
+
+def _record(run: Run) -> dict[str, Any]:
+    """Return what the run was begun with, and the seconds of its attempts that ended; nothing if unknown."""
     try:
         record = json.loads((run.folder / "study.json").read_text())
-        settings, ranks = record["settings"], record["ranks"]
+        return {name: record[name] for name in ("settings", "ranks", "seconds")}
     except (OSError, ValueError, KeyError):
-        return False  # ended before it was recorded; training goes on from its last checkpoint, the end
-    changed = changed_since(settings, load(study.base, run.overrides))
-    other = [name for name in changed if name.split(".")[0] not in ("run", "log")]
-    other += ["ranks"] if ranks != study.ranks else []
-    if other:
-        raise UserError(
-            f"{run.folder}: was finished with other settings ({', '.join(other)}); remove it, or rename row "
-            "or study"
-        )
-    return True
+        return {}
+
+
+def _keep_record(run: Run, study: Study, seconds: float | None) -> None:
+    record = {"settings": to_dict(run.config), "ranks": study.ranks, "seconds": seconds}
+    run.folder.mkdir(parents=True, exist_ok=True)
+    new = run.folder / "study.json.new"
+    new.write_text(json.dumps(record, indent=1) + "\n")
+    new.replace(run.folder / "study.json")
 
 
 def _results(run: Run, study: Study) -> dict[str, float]:
     """Return the metrics of a finished run, else nothing. Raises UserError for one that it does not have."""
     try:
         done = json.loads((run.folder / "done.json").read_text())
-        seconds = json.loads((run.folder / "study.json").read_text())["seconds"]
     except (OSError, ValueError):
+        return {}
+    seconds = _record(run).get("seconds")
+    if seconds is None or _differences(run, study):
         return {}
     for metric in study.metrics:
         if metric not in done:
             raise UserError(f"metrics: {run.folder} has no {metric}; it has {', '.join(done)}")
     return {metric: float(done[metric]) for metric in study.metrics} | {"seconds": seconds}
-
-
-def _seconds_before(run: Run) -> float:
-    """Return how long the run took in earlier attempts, which were stopped."""
-    try:
-        return json.loads((run.folder / "study.json").read_text())["seconds"]
-    except (OSError, ValueError):
-        return 0.0
 
 
 def _execute(stop: StopRequest, command: Sequence[str], output: Path) -> int:
