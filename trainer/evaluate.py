@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -31,6 +32,7 @@ from trainer.feed import build_eval_batches
 from trainer.index import Index
 from trainer.judge import check, judge
 from trainer.roc import Verification
+from trainer.tiles import count_pairs
 
 CMC_DEPTH = 50
 _FAR_NAMES = {1e-1: "1e-1", 1e-2: "1e-2", 1e-3: "1e-3", 1e-4: "1e-4"}
@@ -88,6 +90,7 @@ class EvalSets:
             self._sets.append(_EvalSet(name, index, build_eval_batches(config, index, world), known_label))
         for name, folder in config.eval.verification.items():
             index = open_data_set(folder, f"eval.verification.{name}", config.data)
+            _require_pairs(f"eval.verification.{name}", index)
             self._sets.append(_EvalSet(name, index, build_eval_batches(config, index, world), None))
 
     def evaluate(self, embed: Embed, head: Any) -> Iterator[SetResult]:
@@ -145,6 +148,14 @@ def curves_of(results: Iterable[SetResult]) -> Iterator[tuple[str, Figure]]:
         yield "cmc", figures.cmc({r.name: r.cmc for r in verified})
 
 
+def _require_pairs(field: str, index: Index) -> None:
+    """Raise UserError for a set without pairs of each kind: now, not when a run is at its first evaluation."""
+    try:
+        count_pairs(torch.from_numpy(np.sort(index.labels_N)))
+    except UserError as error:
+        raise UserError(f"{field}: {index.folder}: {error}") from None
+
+
 def _match_labels(field: str, index: Index, class_names: Sequence[str], num_classes: int) -> Tensor:
     """Return the head's label for each label of a test set: by name where both have names, else by number.
 
@@ -192,7 +203,8 @@ def _classify(embeddings_ND: Tensor, labels_N: Tensor, head: Any) -> dict[str, f
             sums[name] = sums.get(name, 0.0) + len(labels_B) * float(mean)
     intra, inter = metrics.intra_inter_cosine(F.normalize(embeddings_ND), labels_N)
     means_of_all = {name: total / len(labels_N) for name, total in sums.items()}
-    return {**means_of_all, "cosine_intra": intra, "cosine_inter": inter}
+    cosines = {"cosine_intra": intra, "cosine_inter": inter}
+    return means_of_all | {name: cosine for name, cosine in cosines.items() if cosine is not None}
 
 
 def _verify(

@@ -12,7 +12,6 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from trainer.canvas import INK, colours_of, new_axes, new_figure
-from trainer.errors import UserError
 from trainer.roc import Verification
 
 HISTOGRAM_IMAGES = 4000  # 8 million pairs, 64 MB
@@ -24,7 +23,7 @@ LOWEST_FAR = 1e-4
 
 
 def cosine_histogram(features_ND: Tensor, labels_N: Tensor, title: str) -> Figure:
-    """Draw the densities of the cosine over pairs of the same class and of different classes.
+    """Draw the densities of the cosine over pairs of the same class and of different classes, if there are.
 
     Takes unit features. All pairs of up to 4000 images are drawn; a larger set is represented by the first
     few images of each of up to 200 classes. The title says how many.
@@ -43,7 +42,7 @@ def cosine_histogram(features_ND: Tensor, labels_N: Tensor, title: str) -> Figur
     ):
         cosines = cosines_NN.masked_select(wanted_NN).double().clamp(-1, 1).numpy()
         if len(cosines) == 0:
-            raise UserError(f"{title}: there is no pair of {name} among {len(shown_N)} images")
+            continue
         density, _ = np.histogram(cosines, edges, density=True)
         label = f"{name}: mean {cosines.mean():.3f} ({len(cosines):,} pairs)"
         axes.stairs(density, edges, fill=True, alpha=0.35, color=colour)

@@ -92,23 +92,25 @@ def identification(
     }
 
 
-def intra_inter_cosine(features_ND: Tensor, labels_N: Tensor) -> tuple[float, float]:
+def intra_inter_cosine(features_ND: Tensor, labels_N: Tensor) -> tuple[float | None, float | None]:
     """Return the mean cosine over all pairs of the same class, and over all pairs of different classes.
 
+    None for a kind that has no pair.
     Exact in O(N D): the cosines of all ordered pairs of a set, self-pairs included, add up to the squared
     length of the sum of its features. Self-pairs are taken off. Sums are float64. There is no work worth
     sharing.
     """
     images = by_class(features_ND, labels_N)
     _, class_N, counts_K = torch.unique_consecutive(images.labels, return_inverse=True, return_counts=True)
-    num_genuine, num_impostor = count_pairs(images.labels)
+    num_genuine = int((counts_K * (counts_K - 1)).sum()) // 2
+    num_impostor = len(images) * (len(images) - 1) // 2 - num_genuine
     features_ND = images.features.double()
     sums_KD = features_ND.new_zeros(len(counts_K), features_ND.shape[1]).index_add_(0, class_N, features_ND)
     all_pairs, same_class = sums_KD.sum(0).square().sum(), sums_KD.square().sum()
     self_pairs = features_ND.square().sum()
     return (
-        float((same_class - self_pairs) / (2 * num_genuine)),
-        float((all_pairs - same_class) / (2 * num_impostor)),
+        float((same_class - self_pairs) / (2 * num_genuine)) if num_genuine else None,
+        float((all_pairs - same_class) / (2 * num_impostor)) if num_impostor else None,
     )
 
 

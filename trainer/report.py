@@ -183,11 +183,8 @@ def _curves(results: Sequence[SetResult]) -> Html:
     verified = [_verified(result) for result in results]
     drawn = [page.captioned(_svg(figure), captions.PICTURES[name]) for name, figure in curves_of(verified)]
     for result in results:
-        try:
-            features_ND = F.normalize(result.embeddings_ND.float())
-            figure = figures.cosine_histogram(features_ND, result.labels_N, result.name)
-        except UserError:
-            continue  # a set without two images of a class has no such picture
+        features_ND = F.normalize(result.embeddings_ND.float())
+        figure = figures.cosine_histogram(features_ND, result.labels_N, result.name)
         drawn.append(page.captioned(_svg(figure), captions.PICTURES["cosines"]))
     return page.cards(drawn) if drawn else Html("")
 
