@@ -49,10 +49,37 @@ def test_float16_needs_a_zero_stage_that_scales_the_loss():
         ({"name": "softmax"}, {"sample_rate": 0.5}, {}, "head.sample_rate: 0.5 needs a loss of cosines"),
         ({}, {"sample_rate": 0.5}, {"accumulation_steps": 2}, "head.sample_rate: 0.5 needs engine.accum"),
         ({}, {"side_stream": True}, {}, "head.side_stream: True needs optim.clip_norm=null, got 5.0"),
+        (
+            {"name": "softmax", "margins": {"margin": 0.4}},
+            {},
+            {},
+            "loss.margins: softmax has none, got",
+        ),
     ],
 )
 def test_what_a_head_cannot_do_together_is_refused(loss, head, engine, field):
     assert refusal(loss=loss, head=head, engine=engine).startswith(field)
+
+
+def test_a_stream_of_its_own_is_for_cosines():
+    tuned = {"optim": {"steps": 1, "clip_norm": None}, "head": {"side_stream": True}}
+    expected = "head.side_stream: true needs a loss of cosines, got center"
+    assert refusal(loss={"name": "center"}, **tuned) == expected
+    check_across_fields(from_dict(tree(**tuned)))
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "judge"),
+    [
+        ("triplet", {"center": 0.1, "softmax": 1}, "softmax"),
+        ("triplet", {"softmax": 1, "center": 0.1}, "softmax"),
+        ("contrastive", {"center": 0.1, "standalone_center": 1}, "standalone_center"),
+        ("triplet", {}, "center"),
+        ("center", {}, "softmax"),
+    ],
+)
+def test_centres_judge_only_where_no_other_part_can(name, extra, judge):
+    assert from_dict(tree(loss={"name": name, "extra": extra})).loss.judge == judge
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])

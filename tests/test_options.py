@@ -12,7 +12,7 @@ import yaml
 
 from trainer.config import Config, field_infos
 from trainer.errors import UserError
-from trainer.options import dump, fields, help_text, load, markdown, sections
+from trainer.options import dump, fields, help_text, load, load_protocol, markdown, sections
 
 REPOSITORY = Path(__file__).parents[1]
 ENOUGH = ("data.train=shards", "optim.steps=1")
@@ -69,6 +69,20 @@ def test_values_of_the_command_line_are_read_as_yaml():
     assert config.engine.deepspeed_overrides == {"aio": {"block_size": 1}, "fp16": {"hysteresis": 4}}
 
 
+@pytest.mark.parametrize("text", ["set #2", "2024", "2024-13-01", "a: b", "@x", "true", " x", "007", "0x1f"])
+def test_a_path_or_a_name_is_what_was_typed(text):
+    assert load(None, [f"data.train={text}", "optim.steps=1"]).data.train == Path(text)
+    sets = load(None, [*ENOUGH, f"eval.classification.x={text}"]).eval.classification
+    assert sets == {"x": Path(text)}
+    assert load_protocol({"protocol": "open_set", "data": text}).data == Path(text)
+
+
+def test_a_path_may_be_quoted_and_none():
+    assert load(None, ['data.train="set 2"', "optim.steps=1"]).data.train == Path("set 2")
+    assert load(None, [*ENOUGH, "init.from=null"]).init.from_ is None
+    assert load(None, [*ENOUGH, "run.name=7"]).run.name == "7"
+
+
 def test_two_dashes_before_a_field_are_allowed():
     assert load(None, [*ENOUGH, "--optim.lr=0.25"]).optim.lr == 0.25
 
@@ -77,7 +91,10 @@ def test_a_run_is_named_after_its_file_unless_it_has_a_name(tmp_path):
     file = write(tmp_path / "faces.yaml", "data: {train: shards}\noptim: {steps: 1}\n")
     assert load(file).run_folder == Path("runs/faces")
     assert load(file, ["run.name=mine", "run.root=/big"]).run_folder == Path("/big/mine")
-    assert load(None, ENOUGH).run_folder == Path("runs/default")
+    unnamed = load(None, ENOUGH)
+    assert unnamed.run_folder == Path("runs/default")
+    kept = write(tmp_path / "config.yaml", dump(unnamed))
+    assert load(kept).run_folder == unnamed.run_folder  # it repeats the run
 
 
 # Errors
@@ -130,7 +147,7 @@ def test_a_run_is_named_after_its_file_unless_it_has_a_name(tmp_path):
         ("optim=", "optim: is a section with fields, got None"),
         ("data.train.x=2", "data.train.x: train is not a section"),
         ("optim.lr=[", "optim.lr: not a YAML value: '['"),
-        ("run.name=2024-13-01", "run.name: not a YAML value: '2024-13-01'"),  # a date that does not exist
+        ("seed=2024-13-01", "seed: not a YAML value: '2024-13-01'"),  # a date that does not exist
         ("optim.lr", "optim.lr: expected section.field=value"),
         ("=3", "=3: expected section.field=value"),
     ],

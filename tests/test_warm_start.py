@@ -129,16 +129,6 @@ def test_a_class_without_images_keeps_its_random_row_and_sub_centroids_differ(ro
     nearness = (rows[kept, 1] * means[kept]).sum(1)
     assert ((nearness > 0.95) & (nearness < 0.9999)).all()
 
-    config = config_of(root, "init.centroids=class_means", "loss.extra={center: 0.1}")
-    with joined_world(60) as world:
-        data = open_training_data(config)
-        head = build_head(with_derived_fields(config, data), world, 12)
-        state = TrainState(Engine(random_backbone(config)), head, torch.optim.SGD(head.parameters(), 0.1))
-        warm_start(state, config, data, world)
-    of_coco, of_center = [p.detach() for p in head.parameters()]
-    torch.testing.assert_close(of_coco[kept], means[kept])
-    torch.testing.assert_close(of_center[kept], means[kept])
-
 
 @pytest.mark.parametrize("kind", ["checkpoint", "its file", "names of the module"])
 def test_weights_are_found_wherever_they_lie(root, tmp_path, kind):
@@ -201,8 +191,24 @@ def test_contradictions_are_refused(root, overrides):
         config_of(root, *overrides)
 
 
-def test_class_means_for_a_loss_without_rows_are_refused(root):
-    with pytest.raises(
-        UserError, match=r"^init\.centroids: class_means needs a loss with rows, got triplet$"
-    ):
-        config_of(root, "init.centroids=class_means", "loss.name=triplet")
+@pytest.mark.parametrize("name", ["triplet", "standalone_center"])
+def test_class_means_for_a_loss_without_directions_are_refused(root, name):
+    expected = rf"^init\.centroids: class_means needs a loss with rows of directions, got {name}$"
+    with pytest.raises(UserError, match=expected):
+        config_of(root, "init.centroids=class_means", f"loss.name={name}")
+
+
+def test_class_means_point_rows_and_leave_centres_and_what_tells_them_apart(root):
+    sum_of = "loss.extra={standalone_center: 1, softmax: 1, center: 0.1}"
+    apart = "loss.standalone_center.inter=classifier"
+    config = config_of(root, "init.centroids=class_means", sum_of, apart)
+    data, rows = open_training_data(config), {}
+    with joined_world(60) as world:
+        head = build_head(with_derived_fields(config, data), world, 12)
+        state = TrainState(Engine(random_backbone(config)), head, torch.optim.SGD(head.parameters(), 0.1))
+        for how in ("random", "class_means"):
+            rows[how] = {name: p.detach().clone() for name, p in head.named_parameters() if p.ndim > 1}
+            warm_start(state, config, data, world)
+    moved = {name for name, row in rows["random"].items() if not torch.equal(row, rows["class_means"][name])}
+    assert moved == {"parts.coco.centroids_CD", "parts.softmax.weight_CD"}
+    assert len(rows["random"]) == 5

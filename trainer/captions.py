@@ -1,5 +1,8 @@
 """What the reader of a report is told: of every picture what to look for, of every figure what it means."""
 
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
 AREAS = {
     "train": "What the loss saw of the training images, averaged over a batch.",
     "eval": "The test sets, while training.",
@@ -21,13 +24,17 @@ PICTURES = {
     "near": "The closest pairs of centroids. Near 1 the two are probably one person or thing with two "
     "labels: launch/classes.py merge joins them.",
     "weak": "The classes of the lowest accuracy, then of the lowest margin. Loss: mean over the images of "
-    "the class. Margin: mean cosine to the own centroid less that of the nearest other.",
-    "centroids": "Every pair of two centroids. Pairs far to the right of the rest may be one class twice.",
+    "the class, where an image has one without others. Margin: mean cosine to the own centroid less that "
+    "of the nearest other.",
+    "centroid-gram": "The cosine of each centroid to each other. Training spreads them evenly, as far as the "
+    "dimensions let it.",
+    "centroid-cosines": "Every pair of two centroids. Pairs far to the right of the rest may be one class "
+    "twice.",
     "sizes": "If points rise to the right, more images would help the classes that have few.",
 }
 
 FIGURES = {
-    "loss": "mean loss over the test images, by the head's own formula",
+    "loss": "mean loss over the test images, by the head's own formula; losses of pairs see 1024 at a time",
     "accuracy": "images whose own class has the highest score of the head; of a protocol: docs/judging.md",
     "nearest_centroid": "images whose own centroid is the nearest by angle",
     "nearest_centre_cosine": "images whose own class centre is the nearest by angle",
@@ -45,3 +52,15 @@ FIGURES = {
     "cosine_nearest_above_0.7": "the part of the centroids with another closer than 0.7: a class twice?",
 }
 """By the name of a figure up to its number: ``rank`` of ``rank5``."""
+
+
+def titles_of(folders: Iterable[Path]) -> list[str]:
+    """Return what runs are called beside each other: names of their folders, or paths if names are equal."""
+    folders = list(folders)
+    names = [folder.name for folder in folders]
+    return names if len(set(names)) == len(names) else list(map(str, folders))
+
+
+def class_name(label: int, names: Sequence[str]) -> str:
+    """Return the name of a class, or its number: a head may have more classes than the data has names."""
+    return names[label] if label < len(names) else str(label)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer import canvas, rays
+from trainer.captions import titles_of
 from trainer.config import Config
 from trainer.distributed import World, joined_world
 from trainer.evaluate import EvalSets, SetResult, figures_of
@@ -89,11 +90,13 @@ def _draw(found: Mapping[str, Sequence[SetResult]], folder: Path) -> None:
         canvas.save(figure, folder / f"{name}.png")
     if len(found) == 1:
         return
-    for results in zip(*found.values(), strict=True):
-        if all(result.embeddings_ND.shape[1] in (2, 3) for result in results):
-            panels = {
-                Path(run).name: (result.embeddings_ND, result.labels_N)
-                for run, result in zip(found, results, strict=True)
-            }
-            figure = rays.feature_scatter_pair(panels, results[0].class_names)
-            canvas.save(figure, folder / f"features-{results[0].name}-compared.png")
+    by_set: dict[str, dict[Path, SetResult]] = {}  # the runs need not have the same sets
+    for run, results in found.items():
+        for result in results:
+            by_set.setdefault(result.name, {})[Path(run)] = result
+    for name, of_runs in by_set.items():
+        if len(of_runs) > 1 and all(r.embeddings_ND.shape[1] in (2, 3) for r in of_runs.values()):
+            views = ((r.embeddings_ND, r.labels_N) for r in of_runs.values())
+            titled = dict(zip(titles_of(of_runs), views, strict=True))
+            figure = rays.feature_scatter_pair(titled, next(iter(of_runs.values())).class_names)
+            canvas.save(figure, folder / f"features-{name}-compared.png")

@@ -251,7 +251,8 @@ class CenterConfig:
 
 @section
 class TripletConfig:
-    """Triplet loss on squared Euclidean distances, over the triplets of the global batch."""
+    """Triplet loss on squared Euclidean distances, over the triplets of the global batch (a micro-batch, if
+    `engine.accumulation_steps` makes several)."""
 
     margin: Positive = 0.2
     """By how much a squared distance within a class should be smaller than one to another class."""
@@ -266,7 +267,8 @@ class TripletConfig:
 
 @section
 class ContrastiveConfig:
-    """Contrastive loss over all pairs of the global batch."""
+    """Contrastive loss over all pairs of the global batch (a micro-batch, if `engine.accumulation_steps`
+    makes several)."""
 
     margin: Positive = 1.0
     """Distance that images of different classes should keep."""
@@ -314,8 +316,9 @@ class LossConfig:
         Literal["coco", "softmax", "center", "triplet", "contrastive", "coco_minibatch", "standalone_center"],
         NotNegative,
     ] = Field(default_factory=dict)
-    """Losses added to `loss.name`, each with its weight: `{triplet: 0.1, center: 0.003}`. `center: 0` changes
-    nothing but keeps the running mean of every class, for evaluation by nearest centre."""
+    """Losses added to `loss.name`, each with its weight: `{triplet: 0.1, center: 0.003}`. The first that has
+    rows judges, center if no other has. `center: 0` changes nothing but keeps the running mean of every
+    class, for evaluation by nearest centre."""
 
     margins: dict[str, float] = Field(default_factory=dict)
     """Numbers of a margin loss that differ from its paper's, by name: `{margin: 0.4}` for cosface."""
@@ -335,9 +338,11 @@ class LossConfig:
         terms: dict[str, float] = {"softmax" if self.name == "center" else self.name: 1.0}
         for name, weight in self.extra.items():
             terms[name] = weight
-        if self.name == "center":
-            terms["center"] = self.center.weight
-        return terms if terms.keys() - ROWLESS else {**terms, "center": 0.0}
+        if self.name == "center" or not terms.keys() - ROWLESS:
+            terms["center"] = self.center.weight if self.name == "center" else 0.0
+        if "center" in terms:  # the last to judge: its centres follow the images, and may have no weight
+            terms["center"] = terms.pop("center")
+        return terms
 
     @property
     def judge(self) -> str:
@@ -435,7 +440,7 @@ class OptimConfig:
     steps: PositiveInt | None = None
     """Length of training in optimizer steps. Exactly one of `steps` and `epochs` is given."""
 
-    epochs: Positive | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
     """Length of training in passes over the data."""
 
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

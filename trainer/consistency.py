@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.address import Url
-from trainer.config import UNFUSED, Config
+from trainer.config import ROWLESS, UNFUSED, Config
 from trainer.errors import UserError
+
+_WITHOUT_ANGLES = ROWLESS | {"center", "standalone_center"}
 
 
 def check_across_fields(config: Config) -> None:
@@ -39,8 +41,10 @@ def _check_weights_and_pixels(config: Config) -> None:
     backbone = config.backbone
     if config.init.head and (config.init.from_ is None or config.init.centroids == "class_means"):
         raise UserError("init.head: needs init.from, and init.centroids=random")
-    if config.init.centroids == "class_means" and config.loss.weights[config.loss.judge] == 0:
-        raise UserError(f"init.centroids: class_means needs a loss with rows, got {config.loss.name}")
+    if config.init.centroids == "class_means" and not config.loss.weights.keys() - _WITHOUT_ANGLES:
+        raise UserError(
+            f"init.centroids: class_means needs a loss with rows of directions, got {config.loss.name}"
+        )
     for name, values in (("mean", backbone.mean), ("std", backbone.std)):
         if values is not None and len(values) not in (1, backbone.channels):
             raise UserError(f"backbone.{name}: has {len(values)} numbers for {backbone.channels} channels")
@@ -91,6 +95,9 @@ def _check_test_sets(config: Config) -> None:
             raise UserError(f"{name}: {place} is a command; it needs data.allow_pipe=true")
     if best and best.split("/")[1] not in sets.classification.keys() | sets.verification.keys():
         raise UserError(f"checkpoint.keep_best: {best} is of a test set that `eval` does not have")
+    for name in (*sets.classification, *sets.verification, *sets.protocols):
+        if not name or "/" in name:
+            raise UserError(f"eval: the name of a test set is part of file names, got {name!r}")
     for name in sets.classification.keys() & sets.verification.keys():
         raise UserError(f"eval.verification.{name}: eval.classification has a set of the same name")
     for name in sets.protocols.keys() & {*sets.classification, *sets.verification}:
@@ -106,6 +113,8 @@ def _check_losses(config: Config) -> None:
             raise UserError(f"loss.extra.{term}: 0 has no effect; only center may have it, got 0")
     if loss.label_smoothing and loss.name in UNFUSED | {"curricularface", "normface", "uniface"}:
         raise UserError(f"loss.label_smoothing: {loss.label_smoothing} is not defined with {loss.name}")
+    if loss.margins and loss.name in UNFUSED:
+        raise UserError(f"loss.margins: {loss.name} has none, got {loss.margins}")
 
 
 def _check_head(config: Config) -> None:
@@ -127,6 +136,8 @@ def _check_head(config: Config) -> None:
                 "loss.extra": (loss.extra, {}),
             },
         )
+        if loss.name in UNFUSED:
+            raise UserError(f"head.side_stream: true needs a loss of cosines, got {loss.name}")
         if engine.dtype == "float16":
             raise UserError(
                 "head.side_stream: true needs another engine.dtype than float16, whose loss is scaled"

@@ -7,6 +7,7 @@ every rank with its own. Legend: P probes, T rows of a tile, K classes, B images
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -14,14 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.collectives import max_over, sum_over
+from trainer.captions import class_name
+from trainer.collectives import concatenate_over, max_over, sum_over
 
 BINS = 200
 """Of the histogram of cosines from -1 to 1: a bin is 0.01 wide."""
 MAX_PROBES = 4096
+MAX_DIRECTIONS = 1000
 WORST = 12
 """Classes that tables show."""
-_PROBES_AT_ONCE, _TILE_ROWS = 256, 16384
+_PROBES_AT_ONCE, _TILE_ROWS, _IMAGES_AT_ONCE = 256, 16384, 1024
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,11 @@ class ClassResult:
     """Mean of that less the cosine of the nearest other."""
     taken_for: str
     """The class that most of its images are nearest to, besides itself."""
+    label: int
+    """The head's."""
     loss: float | None = None
-    """Mean loss of its images by the head's own formula; of the worst classes only."""
+    """Mean loss of its images by the head's own formula; of the worst classes only, and only if an image has
+    a loss without others."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,9 @@ class HeadView:
     classes: dict[str, list[ClassResult]]
     """Of every test set of classes that the head knows: worst first."""
     class_names: tuple[str, ...]
+    directions_KD: Tensor
+    """The unit vectors that stand for the classes; of a head with more than MAX_DIRECTIONS none (0 x D)."""
+    direction_names: tuple[str, ...]
     metrics: dict[str, float]
 
 
@@ -95,7 +104,12 @@ def view_head(
             classes[result.name] = class_results(
                 head, result.embeddings_ND.to(device), labels_N.to(device), class_names
             )
-    return HeadView(neighbours, classes, tuple(class_names), metrics)
+    own_CD = head.directions_CD()
+    shown_CD = own_CD if head.row_shard.num_classes <= MAX_DIRECTIONS else own_CD[:0]
+    directions_KD = concatenate_over(shown_CD, head.group).cpu()
+    per_class = head.row_shard.num_classes // head.shard.num_classes
+    names = tuple(class_name(row // per_class, class_names) for row in range(len(directions_KD)))
+    return HeadView(neighbours, classes, tuple(class_names), directions_KD, names, metrics)
 
 
 @torch.no_grad()
@@ -178,23 +192,27 @@ def class_results(
 
     is_right, cosine, margin = mean((own_N > other_N).double()), mean(own_N), mean(own_N - other_N)
     by_class = [taken.mode().values for taken in taken_N[place_N.argsort(stable=True)].split(counts.tolist())]
-    name = list(class_names) or [str(label) for label in range(head.shard.num_classes)]
+    name = partial(class_name, names=class_names)
     results = [
-        ClassResult(name[c], int(n), right, cos, gap, name[int(taken)])
+        ClassResult(name(c), int(n), right, cos, gap, name(int(taken)), c)
         for c, n, right, cos, gap, taken in zip(
             classes.tolist(), counts.tolist(), is_right, cosine, margin, by_class, strict=True
         )
     ]
-    ranked = sorted(zip(results, classes, strict=True), key=lambda r: (r[0].accuracy, r[0].margin))
-    losses = [_loss_of(head, embeddings_ND, labels_N, label) for _, label in ranked[:WORST]]
-    return [dataclasses.replace(each, loss=loss) for (each, _), loss in zip_longest(ranked, losses)]
+    ranked = sorted(results, key=lambda result: (result.accuracy, result.margin))
+    worst = ranked[:WORST] if head.is_per_image else []
+    labels_N = labels_N.to(embeddings_ND.device)
+    losses = [_loss_of(head, embeddings_ND[labels_N == each.label], each.label) for each in worst]
+    return [dataclasses.replace(each, loss=loss) for each, loss in zip_longest(ranked, losses)]
 
 
-def _loss_of(head: Any, embeddings_ND: Tensor, labels_N: Tensor, label: Tensor) -> float:
-    """Return the mean loss of the images of one class. Every rank must call it."""
-    device = embeddings_ND.device
-    chosen = (labels_N == label).to(device)
-    return float(head.of_embeddings(embeddings_ND[chosen], labels_N.to(device)[chosen]).loss)
+def _loss_of(head: Any, embeddings_ND: Tensor, label: int) -> float:
+    """Return the mean loss of images of one class. Every rank must call it."""
+    total = 0.0
+    for embeddings_BD in embeddings_ND.split(_IMAGES_AT_ONCE):
+        labels_B = torch.full((len(embeddings_BD),), label, device=embeddings_BD.device)
+        total += len(labels_B) * float(head.of_embeddings(embeddings_BD, labels_B).loss)
+    return total / len(embeddings_ND)
 
 
 def effective_rank(features_ND: Tensor) -> float:

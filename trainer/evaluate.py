@@ -11,6 +11,7 @@ all ranks, S rows of a class.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from trainer import figures, metrics, rays
 from trainer.bench import Model, OpenModel
 from trainer.cache import open_data_set
 from trainer.collectives import concatenate_over, gather_batch, sum_over
-from trainer.config import Config
+from trainer.config import Config, ProtocolConfig
 from trainer.data import Batch, EvalLoader
 from trainer.distributed import World
 from trainer.embed import Embed, reading_of
@@ -82,6 +83,7 @@ class EvalSets:
         self._protocols, self._reading = config.eval.protocols, reading_of(config)
         for name, protocol in self._protocols.items():
             check(protocol, f"eval.protocols.{name}.")
+            _require_places(f"eval.protocols.{name}", protocol)
         self._sets: list[_EvalSet] = []
         for name, folder in config.eval.classification.items():
             field = f"eval.classification.{name}"
@@ -148,8 +150,16 @@ def curves_of(results: Iterable[SetResult]) -> Iterator[tuple[str, Figure]]:
         yield "cmc", figures.cmc({r.name: r.cmc for r in verified})
 
 
+def _require_places(field: str, protocol: ProtocolConfig) -> None:
+    """Raise UserError for a folder or file that is not there: now, not at the first evaluation."""
+    for name in ProtocolConfig.__slots__:  # type: ignore[attr-defined]
+        place = getattr(protocol, name)
+        if isinstance(place, Path) and not place.exists():
+            raise UserError(f"{field}.{name}: there is no {place}")
+
+
 def _require_pairs(field: str, index: Index) -> None:
-    """Raise UserError for a set without pairs of each kind: now, not when a run is at its first evaluation."""
+    """Raise UserError for a set without pairs of each kind: now, not at the first evaluation."""
     try:
         count_pairs(torch.from_numpy(np.sort(index.labels_N)))
     except UserError as error:

@@ -67,6 +67,8 @@ def open_training_data(config: Config) -> TrainingData:
 def with_derived_fields(config: Config, data: TrainingData) -> Config:
     """Fill in what the data decides: number of classes, number of steps. Raises UserError."""
     num_classes = config.head.num_classes or data.num_classes
+    if num_classes < 2:
+        raise UserError(f"data.train: {config.data.train} has one class; a head tells two or more apart")
     if data.num_classes > num_classes:
         raise UserError(
             f"head.num_classes: is {num_classes}, but data.train has label {data.num_classes - 1} "

@@ -12,6 +12,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from trainer.canvas import INK, colours_of, new_axes, new_figure
+from trainer.captions import class_name
 from trainer.roc import Verification
 
 HISTOGRAM_IMAGES = 4000  # 8 million pairs, 64 MB
@@ -192,7 +193,7 @@ def embedding_map(
     axes.set_title(title, fontsize=11, color=INK, loc="left")
     if len(classes) <= LEGEND_CLASSES:
         for label, colour in zip(classes.tolist(), colours, strict=True):
-            axes.scatter([], [], color=colour, label=class_names[label] if class_names else str(label))
+            axes.scatter([], [], color=colour, label=class_name(label, class_names))
         figure.legend(loc="outside lower center", ncols=5, frameon=False, columnspacing=1, handletextpad=0.2)
     return figure
 
@@ -205,6 +206,30 @@ def centroid_cosines(counts: np.ndarray, title: str) -> Figure:
     axes.set_yscale("symlog", linthresh=1)
     axes.set_xlim(-1, 1)
     axes.set_title(title, fontsize=11, color=INK, loc="left")
+    return figure
+
+
+def gram(unit_KD: np.ndarray, names: Sequence[str], title: str) -> Figure:
+    """Draw the cosines between unit vectors that stand for classes; a simplex has -1/(K-1) everywhere.
+
+    Up to 20 are named, and their cosines written.
+    """
+    gram_KK = unit_KD @ unit_KD.T
+    figure = new_figure(6.4, 5.6)
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    figure.colorbar(axes.imshow(gram_KK, cmap="RdBu_r", vmin=-1, vmax=1), label="cosine")
+    if len(names) <= LEGEND_CLASSES:
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+        for i, j in np.ndindex(gram_KK.shape):
+            colour = "white" if abs(gram_KK[i, j]) > 0.6 else INK
+            axes.text(j, i, f"{gram_KK[i, j]:.2f}", ha="center", va="center", fontsize=7, color=colour)
+    if len(names) > 1:
+        others = gram_KK[~np.eye(len(names), dtype=bool)]
+        simplex = -1 / (len(names) - 1)
+        title += f"\nothers: mean {others.mean():.3f}, highest {others.max():.3f}; simplex {simplex:.3f}"
+    axes.set_title(title, fontsize=11, color=INK)
     return figure
 
 

@@ -77,6 +77,9 @@ class DenseHead(nn.Module):
     can_judge = True
     """Whether it holds a row per class, by which an image can be classified."""
 
+    is_per_image = True
+    """Whether the loss of a batch is a mean over its images, each without regard to the others."""
+
     last_seen_C: Tensor
 
     def __init__(self, shard: ClassShard, group: ProcessGroup, row_shard: ClassShard | None = None) -> None:
@@ -112,6 +115,10 @@ class DenseHead(nn.Module):
     def norm_bound(self) -> float:
         """Return a number that the length of the gradient over all ranks does not exceed; cheap."""
         return float("inf")
+
+    def rows_by_angle(self) -> list[Tensor]:
+        """Return the rows whose directions stand for classes, and whose lengths for nothing: C x D each."""
+        return []
 
     def update_in_backward(self, optimizer: Optimizer, step: int) -> None:
         """Allow the next batch to be applied as it is by its backward pass; ``update`` follows as ever."""
@@ -269,6 +276,10 @@ class CocoHead(DenseHead):
         """Return the running statistics of a margin; COCO has none."""
         return dict(self.loss.named_buffers())
 
+    def rows_by_angle(self) -> list[Tensor]:
+        """Return the centroids."""
+        return [self.centroids_CD]
+
     def directions_CD(self) -> Tensor:
         """Return the unit vectors that stand for this rank's classes; communicates nothing."""
         return F.normalize(self.centroids_CD.detach().float())
@@ -302,6 +313,10 @@ class SoftmaxHead(DenseHead):
             self.mark_seen(labels_B)
         loss_B, target_B, other_B = _ShardedCrossEntropy.apply(z_BC, labels_B, self.shard, self.group)
         return HeadOutput(loss_B.mean(), {"accuracy": (target_B > other_B).float().mean()})
+
+    def rows_by_angle(self) -> list[Tensor]:
+        """Return the rows of the classifier."""
+        return [self.weight_CD]
 
     def directions_CD(self) -> Tensor:
         """Return the unit vectors that stand for this rank's classes; communicates nothing."""

@@ -17,7 +17,6 @@ import wandb
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.address import without_credentials
@@ -25,6 +24,7 @@ from trainer.canvas import save as save_figure
 from trainer.config import Config, to_dict
 from trainer.errors import UserError
 from trainer.options import dump, load
+from trainer.pictures import Frame
 
 log = logging.getLogger("trainer")
 
@@ -107,13 +107,10 @@ class RunLog:
         if self._wandb is not None:
             _never_stop(lambda: self._wandb.log({path.stem: wandb.Html(path.read_text())}, step=step))
 
-    def embeddings(self, name: str, embeddings_ND: Tensor, labels_N: Tensor, step: int) -> None:
+    def embeddings(self, name: str, frame: Frame, step: int) -> None:
         """Save the embeddings of a test set at this step."""
         if self.is_main:
-            path = self.folder / "embeddings" / f"{name}-{step:08d}.safetensors"
-            path.parent.mkdir(exist_ok=True)
-            tensors = {"embeddings_ND": embeddings_ND.contiguous(), "labels_N": labels_N.contiguous()}
-            save_file(tensors, path)
+            frame.save(self.folder / "embeddings" / f"{name}-{step:08d}.safetensors")
 
     def finish(self, step: int, results: dict[str, float]) -> None:
         """Leave the completion marker: a launcher's exit code does not prove that a run is whole."""
@@ -185,7 +182,10 @@ def configure_logging(folder: Path | None, rank: int) -> None:
     )
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.root, run.name: {folder} cannot be made: {error.strerror}") from None
         name = "log.txt" if rank == 0 else f"log-rank-{rank:05d}.txt"
         handlers.append(logging.FileHandler(folder / name, delay=rank > 0))
     for handler in handlers:
@@ -199,16 +199,21 @@ def keep_lines_up_to(path: Path, step: int) -> None:
     """Drop the lines of steps that a resumed run will make again, and a last line cut short by a kill."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            break
+    kept = [json.dumps(values) + "\n" for values in read_metrics(path) if values["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl, none if there is no such file, up to one cut short."""
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
 
 
 def show_in_wandb(folder: Path, pictures: Sequence[Path]) -> None:
@@ -219,14 +224,14 @@ def show_in_wandb(folder: Path, pictures: Sequence[Path]) -> None:
     run = _start_wandb(load(folder / "config.yaml"))
     if run is None:
         raise UserError(f"{folder}: log.wandb is disabled, or W&B cannot be had")
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = read_metrics(folder / "metrics.jsonl")
     media = {
         f"figures/{path.stem}": wandb.Video(str(path), format="gif")
         if path.suffix == ".gif"
         else wandb.Image(str(path))
         for path in pictures
     }
-    run.log(media, step=json.loads(lines[-1])["step"] if lines else 0)
+    run.log(media, step=lines[-1]["step"] if lines else 0)
     run.finish()
 
 

@@ -1,5 +1,6 @@
 """A run from configuration to result: ``train()`` on one screen."""
 
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from trainer.feed import (
 from trainer.health import require_equal_weights
 from trainer.joint import StepOutput
 from trainer.log import RunLog, Throughput, log
+from trainer.pictures import Frame
 from trainer.report import figures_of_head, tables_of_head, write_report
 from trainer.resume import resume
 from trainer.saving import Checkpoints
@@ -67,6 +69,10 @@ def train(config: Config) -> dict[str, float]:
                 is_stopping, is_writing = map(bool, wishes().tolist())
 
                 world.at(state.step, "logging, evaluating or saving")
+                is_last = state.step == log_run.total_steps
+                if is_last:  # before it is judged: a broken test image must not cost what was trained
+                    save(state, config, checkpoints, data)
+                    checkpoints.finish()
                 if log_run.is_due(state.step, config.log.every_steps):
                     log_run.add(step_metrics(out, lr, state, config) | throughput.read())
                     log_run.add({"perf/memory_gib": world.peak_memory_bytes / 2**30})
@@ -77,13 +83,14 @@ def train(config: Config) -> dict[str, float]:
                     judgement = judge(state, test_sets, config, data)
                     metrics = judgement.metrics
                     log_run.add(metrics | judgement.view.metrics)
-                    for result in judgement.results if config.eval.save_embeddings else ():
-                        log_run.embeddings(result.name, result.embeddings_ND, result.labels_N, state.step)
+                    for name, frame in judgement.frames() if config.eval.save_embeddings else ():
+                        log_run.embeddings(name, frame, state.step)
                 log_run.write(state.step)
                 check_weights(state, config)
                 if not is_writing:
                     checkpoints.proceed()
-                if log_run.is_due(state.step, config.checkpoint.every_steps) or is_stopping:
+                is_due = log_run.is_due(state.step, config.checkpoint.every_steps) or is_stopping
+                if is_due and not (is_last and config.checkpoint.keep_best is None):
                     save(state, config, checkpoints, data, metrics)
             checkpoints.finish()
             if is_stopping:
@@ -108,6 +115,21 @@ class Judgement:
     def metrics(self) -> dict[str, float]:
         """All metrics of all test sets."""
         return {name: value for result in self.results for name, value in result.metrics.items()}
+
+    def frames(self) -> Iterator[tuple[str, Frame]]:
+        """Yield (name, what its pictures are drawn from) of every test set that has images."""
+        view = self.view
+        for result in (each for each in self.results if len(each.labels_N)):
+            yield (
+                result.name,
+                Frame(
+                    result.embeddings_ND,
+                    result.labels_N,
+                    result.class_names,
+                    view.directions_KD,
+                    view.direction_names,
+                ),
+            )
 
 
 def first_state(config: Config, data: TrainingData, checkpoints: Checkpoints, world: World) -> TrainState:
@@ -181,11 +203,17 @@ def judge(state: TrainState, test_sets: EvalSets, config: Config, data: Training
 
 
 def show(judgement: Judgement, config: Config, log_run: RunLog, step: int) -> None:
-    """Draw what is known of the finished model, and write its report; one rank calls it."""
+    """Draw what is known of the finished model, and write its report; one rank calls it.
+
+    The result stands without them: what cannot be drawn is a warning, and launch/report.py tries again.
+    """
     results, view = judgement.results, judgement.view
-    for name, figure in (*figures_of(results, config.run_folder.name), *figures_of_head(view)):
-        log_run.figure(name, figure, step)
-    for name, columns, rows in tables_of_head(view):
-        log_run.table(name, columns, rows, step)
-    if config.log.report:
-        log_run.page(write_report(config.run_folder, config, results, view), step)
+    try:
+        for name, figure in (*figures_of(results, config.run_folder.name), *figures_of_head(view)):
+            log_run.figure(name, figure, step)
+        for name, columns, rows in tables_of_head(view):
+            log_run.table(name, columns, rows, step)
+        if config.log.report:
+            log_run.page(write_report(config.run_folder, config, results, view), step)
+    except Exception as error:
+        log.warning("pictures and report are incomplete: %s: %s", type(error).__name__, error)

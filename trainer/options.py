@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from trainer.address import without_credentials
+from trainer.address import Url, without_credentials
 from trainer.config import (
     Config,
     DataConfig,
@@ -34,6 +34,8 @@ from trainer.config import (
 from trainer.consistency import check_across_fields
 from trainer.errors import UserError
 
+_OPEN = {Annotated, typing.Union, types.UnionType}
+
 
 def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
     """Read ``path`` (None: defaults only), apply ``section.field=value`` overrides, check everything.
@@ -45,10 +47,9 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
     _drop_test_sets_of_other_data(tree, overrides)
     for override in overrides:
         _set(tree, override)
-    if path is not None:
-        run = tree.setdefault("run", {})
-        if isinstance(run, dict) and run.get("name") is None:
-            run["name"] = path.stem
+    run = tree.setdefault("run", {})
+    if isinstance(run, dict) and run.get("name") is None:
+        run["name"] = "default" if path is None else path.stem
     tree.setdefault("data", {})  # so that a missing data.train is reported under its own name
     try:
         config = from_dict(tree)
@@ -66,11 +67,11 @@ def load_protocol(texts: Mapping[str, str | list[str]]) -> ProtocolConfig:
     tree: dict[str, Any] = {}
     for name, text in texts.items():
         if isinstance(text, str):
-            _set(tree, f"{name}={text}")
+            _set(tree, f"{name}={text}", ProtocolConfig)
         elif name == "regions":
             tree[name] = {key: value or None for key, _, value in (item.partition("=") for item in text)}
         else:
-            _set(tree, f"{name}=[{','.join(text)}]")
+            _set(tree, f"{name}=[{','.join(text)}]", ProtocolConfig)
     try:
         return protocol_from_dict(tree)
     except InvalidConfigError as error:
@@ -174,21 +175,41 @@ def _drop_test_sets_of_other_data(tree: dict[str, Any], overrides: Iterable[str]
         evaluation.pop("protocols", None)
 
 
-def _set(tree: dict[str, Any], override: str) -> None:
-    """Put one ``section.field=value`` into the tree; the value is read as YAML."""
+def _set(tree: dict[str, Any], override: str, cls: type = Config) -> None:
+    """Put one ``section.field=value`` into the tree; the value is read as YAML, a path or a name as it is."""
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise UserError(f"{override}: expected section.field=value")
     *parents, last = name.lstrip("-").split(".")
+    takes_text = _takes_text(cls, [*parents, last])
     for parent in parents:
         node = tree.setdefault(parent, {})
         if not isinstance(node, dict):
             raise UserError(f"{name}: {parent} is not a section")
         tree = node
+    if takes_text and not text.lstrip().startswith(("'", '"', "[", "{")):
+        tree[last] = None if text.strip().lower() in ("", "~", "null") else text
+        return
     try:
         tree[last] = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         raise UserError(f"{name}: not a YAML value: {text!r} ({' '.join(str(error).split())})") from None
+
+
+def _takes_text(kind: Any, names: Iterable[str]) -> bool:
+    """Return whether a field is a path or a text: there 2024 is no number, and # begins no comment."""
+    for name in names:
+        if dataclasses.is_dataclass(kind):
+            info = field_infos(typing.cast(type, kind)).get(name)
+            kind = info and info.annotation
+        else:
+            kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
+    kinds = {kind}
+    while open_kinds := {each for each in kinds if typing.get_origin(each) in _OPEN}:
+        kinds -= open_kinds
+        for each in open_kinds:
+            kinds |= set(typing.get_args(each)[: 1 if typing.get_origin(each) is Annotated else None])
+    return bool(kinds & {Path, Url, str}) and kinds <= {Path, Url, str, type(None)}
 
 
 def _per_field(errors: list[Any]) -> dict[str, list[Any]]:

@@ -8,22 +8,58 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer import canvas, rays
+from trainer import canvas, figures, rays
+from trainer.captions import class_name, titles_of
 from trainer.errors import UserError
 from trainer.scale import PAPER_LOSS, adacos_scale, paper_scale, simplex_loss, simplex_scale
 
-Frames = Mapping[int, tuple[Tensor, Tensor]]
-"""step -> (embeddings_ND, labels_N), in order."""
+
+class Frame(NamedTuple):
+    """What one evaluation of a test set leaves for pictures."""
+
+    embeddings_ND: Tensor
+    labels_N: Tensor
+    class_names: tuple[str, ...]
+    """By label of the set; () where it has none."""
+    directions_KD: Tensor
+    """The unit vectors that stood for the classes of the head; none (0 x D) if they were too many."""
+    direction_names: tuple[str, ...]
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file; the folder is made."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        save_file(tensors, path, {name: json.dumps(getattr(self, name)) for name in _NAMES})
+
+    @classmethod
+    def load(cls, path: Path) -> "Frame":
+        """Read what ``save`` wrote. Raises UserError."""
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = [file.get_tensor(name) for name in _TENSORS]
+                names = [tuple(json.loads(file.metadata()[name])) for name in _NAMES]
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot read embeddings: {error}") from None
+        embeddings_ND, labels_N, directions_KD = tensors
+        return cls(embeddings_ND, labels_N, names[0], directions_KD, names[1])
+
+
+_TENSORS, _NAMES = ("embeddings_ND", "labels_N", "directions_KD"), ("class_names", "direction_names")
+
+Frames = Mapping[int, Frame]
+"""step -> frame, in order."""
 
 
 def draw_runs(folders: Sequence[Path]) -> list[Path]:
@@ -34,49 +70,58 @@ def draw_runs(folders: Sequence[Path]) -> list[Path]:
     saved = {folder: read_embeddings(folder) for folder in folders}
     written = []
     for folder, sets in saved.items():
-        names = _class_names(folder)
         for name, frames in sets.items():
-            embeddings_ND, labels_N = frames[max(frames)]
-            gram = centre_gram(embeddings_ND, labels_N, names, f"{folder.name}: {name}")
-            written.append(canvas.save(gram, folder / "figures" / f"centres-{name}.png"))
-            if embeddings_ND.shape[1] in (2, 3):
-                path = folder / "figures" / f"features-{name}.gif"
-                written.append(save_animation(frames, path, names, f"{folder.name}: {name}"))
+            last, place, title = frames[max(frames)], folder / "figures", f"{folder.name}: {name}"
+            features_ND = F.normalize(last.embeddings_ND)
+            drawn = {f"cosines-{name}": figures.cosine_histogram(features_ND, last.labels_N, title)}
+            drawn[f"centres-{name}"] = centre_gram(last, title)
+            if len(last.directions_KD):
+                directions = last.directions_KD.numpy(), last.direction_names
+                drawn["centroid-gram"] = figures.gram(*directions, f"{folder.name}: centroids")
+            if _is_plain(last):
+                scatter = rays.feature_scatter(last.embeddings_ND, last.labels_N, last.class_names, title)
+                drawn[f"features-{name}"] = scatter
+                written.append(save_animation(frames, place / f"features-{name}.gif", title))
+            written += [canvas.save(figure, place / f"{file}.png") for file, figure in drawn.items()]
     first = folders[0] / "figures"
     for name in saved[folders[0]]:
-        panels = {folder.name: sets[name][max(sets[name])] for folder, sets in saved.items() if name in sets}
-        if len(panels) > 1 and all(x_ND.shape[1] in (2, 3) for x_ND, _ in panels.values()):
-            figure = rays.feature_scatter_pair(panels, _class_names(folders[0]))
+        panels = {folder: sets[name][max(sets[name])] for folder, sets in saved.items() if name in sets}
+        if len(panels) > 1 and all(map(_is_plain, panels.values())):
+            views = ((frame.embeddings_ND, frame.labels_N) for frame in panels.values())
+            titled = dict(zip(titles_of(panels), views, strict=True))
+            figure = rays.feature_scatter_pair(titled, panels[folders[0]].class_names)
             written.append(canvas.save(figure, first / f"features-{name}-compared.png"))
     written.append(canvas.save(alpha_bounds(), first / "alpha-bounds.png"))
-    return written
+    return list(dict.fromkeys(written))
+
+
+def _is_plain(frame: Frame) -> bool:
+    return frame.embeddings_ND.shape[1] in (2, 3)
 
 
 def read_embeddings(folder: Path) -> dict[str, Frames]:
     """Return set -> frames of a run. Raises UserError."""
-    found: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+    found: dict[str, dict[int, Frame]] = {}
     for path in sorted((folder / "embeddings").glob("*.safetensors")):
         name, _, step = path.stem.rpartition("-")
-        try:
-            tensors = load_file(path)
-            found.setdefault(name, {})[int(step)] = (tensors["embeddings_ND"], tensors["labels_N"])
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot read embeddings: {error}") from None
+        if not (name and step.isdecimal()):
+            raise UserError(f"{path}: is not named <set>-<step>.safetensors")
+        found.setdefault(name, {})[int(step)] = Frame.load(path)
     if not found:
         raise UserError(f"{folder}: holds no embeddings; train with eval.save_embeddings=true")
     return dict(found)
 
 
-def save_animation(frames: Frames, path: Path, class_names: Sequence[str] | None, title: str) -> Path:
+def save_animation(frames: Frames, path: Path, title: str) -> Path:
     """Write a GIF: the features at every step that was saved, the last of them for two seconds.
 
     All are seen from where the last looks best, each in its own range of axes.
     """
     last = frames[max(frames)]
-    view = rays.best_view(*last) if last[0].shape[1] == 3 else None
+    view = rays.best_view(*last[:2]) if last.embeddings_ND.shape[1] == 3 else None
     images = []
-    for step, (embeddings_ND, labels_N) in frames.items():
-        figure = rays.feature_scatter(embeddings_ND, labels_N, class_names, f"{title}, step {step}", view)
+    for step, frame in frames.items():
+        figure = rays.feature_scatter(*frame[:3], f"{title}, step {step}", view)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=80)
         images.append(Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE))
@@ -86,34 +131,13 @@ def save_animation(frames: Frames, path: Path, class_names: Sequence[str] | None
     return path
 
 
-def centre_gram(
-    embeddings_ND: Tensor, labels_N: Tensor, class_names: Sequence[str] | None, title: str
-) -> Figure:
-    """Draw the cosines between the mean unit features of all classes; a simplex has -1/(K-1) everywhere."""
-    labels = labels_N.unique()
-    features_ND = F.normalize(embeddings_ND.double())
-    means = [features_ND[labels_N == label].mean(0) for label in labels]
-    unit_KD = np.stack([(mean / mean.norm()).numpy() for mean in means])
-    gram_KK = unit_KD @ unit_KD.T
-    figure = _figure(6.4, 5.6)
-    axes = figure.add_subplot()
-    shown = axes.imshow(gram_KK, cmap="RdBu_r", vmin=-1, vmax=1)
-    figure.colorbar(shown, label="cosine of class means")
-    if len(labels) <= rays.LEGEND_CLASSES:
-        names = [str(int(label)) if class_names is None else class_names[int(label)] for label in labels]
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
-        for i, j in np.ndindex(gram_KK.shape):
-            colour = "white" if abs(gram_KK[i, j]) > 0.6 else canvas.INK
-            axes.text(j, i, f"{gram_KK[i, j]:.2f}", ha="center", va="center", fontsize=7, color=colour)
-    others = gram_KK[~np.eye(len(labels), dtype=bool)]
-    simplex = -1 / max(1, len(labels) - 1)
-    axes.set_title(
-        f"{title}\nothers: mean {others.mean():.3f}, highest {others.max():.3f}; simplex {simplex:.3f}",
-        fontsize=11,
-        color=canvas.INK,
-    )
-    return figure
+def centre_gram(frame: Frame, title: str) -> Figure:
+    """Draw the cosines between the mean unit features of all classes."""
+    labels = frame.labels_N.unique()
+    features_ND = F.normalize(frame.embeddings_ND.double())
+    means_KD = torch.stack([features_ND[frame.labels_N == label].mean(0) for label in labels])
+    names = [class_name(int(label), frame.class_names) for label in labels]
+    return figures.gram(F.normalize(means_KD).numpy(), names, f"{title}, class means")
 
 
 def alpha_bounds(largest: int = 1_000_000) -> Figure:
@@ -144,10 +168,3 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-def _class_names(folder: Path) -> list[str] | None:
-    try:
-        return json.loads((folder / "classes.json").read_text()) or None
-    except (OSError, ValueError):
-        return None

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from trainer.canvas import FAINT, INK, colours_of, new_figure
+from trainer.captions import class_name
 from trainer.errors import UserError
 
 SCATTER_POINTS = 5000  # more than this hide one another
@@ -25,7 +26,7 @@ View = tuple[float, float]
 def feature_scatter(
     embeddings_ND: Tensor,
     labels_N: Tensor,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] = (),
     title: str = "",
     view: View | None = None,
 ) -> Figure:
@@ -40,7 +41,7 @@ def feature_scatter(
 
 def feature_scatter_pair(
     panels: Mapping[str, tuple[Tensor, Tensor]],
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] = (),
     view: View | None = None,
 ) -> Figure:
     """Draw ``feature_scatter`` of several (embeddings_ND, labels_N) side by side; the keys are the titles.
@@ -49,7 +50,7 @@ def feature_scatter_pair(
     """
     labels = sorted({int(label) for _, labels_N in panels.values() for label in labels_N.unique()})
     colours = dict(zip(labels, colours_of(len(labels)), strict=True))
-    names = [str(label) if class_names is None else class_names[label] for label in labels]
+    names = [class_name(label, class_names) for label in labels]
     legend_inches = 0.7 + 0.09 * max(map(len, names)) if len(labels) <= LEGEND_CLASSES else 0
     inches = PANEL_INCHES * len(panels) + legend_inches
     figure, width = new_figure(inches, PANEL_INCHES + 0.3), PANEL_INCHES / inches

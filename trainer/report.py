@@ -6,7 +6,6 @@ features.
 
 import dataclasses
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -20,12 +19,14 @@ from matplotlib.figure import Figure
 
 from trainer import canvas, captions, figures, metrics, page, rays
 from trainer.cache import open_data_set
+from trainer.captions import class_name
 from trainer.config import Config
 from trainer.diagnostics import WORST, ClassResult, HeadView, view_head
 from trainer.distributed import joined_world
 from trainer.errors import UserError
 from trainer.evaluate import CMC_DEPTH, EvalSets, SetResult, curves_of
 from trainer.gallery import Shown, hard_pairs, spread, thumbnail
+from trainer.log import read_metrics
 from trainer.manifest import complete_checkpoints, step_of
 from trainer.models import load_model
 from trainer.options import dump, load
@@ -80,10 +81,13 @@ def write_report(run: Path, config: Config, results: Sequence[SetResult], view: 
 def figures_of_head(view: HeadView) -> Iterator[tuple[str, Figure]]:
     """Yield (name, picture) of what is known of the head alone."""
     counts = view.neighbours.histogram.numpy()
-    yield (
-        "centroid-cosines",
-        figures.centroid_cosines(counts, "Cosines between centroids of different classes"),
-    )
+    title = "Cosines between centroids of different classes"
+    yield "centroid-cosines", figures.centroid_cosines(counts, title)
+    if rows := len(view.directions_KD):
+        yield (
+            "centroid-gram",
+            figures.gram(view.directions_KD.numpy(), view.direction_names, f"{rows} centroids"),
+        )
 
 
 def tables_of_head(view: HeadView) -> Iterator[tuple[str, list[str | int], list[list[Any]]]]:
@@ -169,8 +173,7 @@ def _training(run: Path) -> Html:
 def _metrics_over_time(path: Path) -> dict[str, dict[int, float]]:
     """Return name -> step -> value of what is a finite number; counts of confusions are no curves."""
     curves: dict[str, dict[int, float]] = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        values = json.loads(line)
+    for values in read_metrics(path):
         for name, value in values.items():
             is_number = isinstance(value, int | float) and math.isfinite(value)
             if name != "step" and is_number and "/confused/" not in name:
@@ -217,9 +220,10 @@ def _pairs(result: SetResult, config: Config) -> Html:
 
 def _map(result: SetResult) -> Html:
     """Draw a set in the plane: its own 2 or 3 dimensions, or its principal axes and, if small, t-SNE."""
+    if result.embeddings_ND.shape[1] == 1:
+        return page.note("One dimension: the cosines above are all there is to see.")
     if result.embeddings_ND.shape[1] <= 3:
-        names = result.class_names or None
-        figure = rays.feature_scatter(result.embeddings_ND, result.labels_N, names, result.name)
+        figure = rays.feature_scatter(result.embeddings_ND, result.labels_N, result.class_names, result.name)
         return page.cards([page.captioned(_svg(figure), captions.PICTURES["rays"])])
     chosen = spread(len(result.labels_N), _MAP_IMAGES)
     features_ND = F.normalize(result.embeddings_ND[chosen].float())
@@ -245,15 +249,13 @@ def _map(result: SetResult) -> Html:
 
 
 def _near_classes(view: HeadView) -> Iterator[tuple[float, str, str]]:
-    names = view.class_names
     for cosine, a, b in view.neighbours.pairs:
-        yield cosine, names[a] if names else str(a), names[b] if names else str(b)
+        yield cosine, class_name(a, view.class_names), class_name(b, view.class_names)
 
 
 def _worst(classes: Sequence[ClassResult]) -> Iterator[tuple[str | float, ...]]:
     for c in classes[:WORST]:
-        assert c.loss is not None
-        yield c.name, c.images, c.loss, c.accuracy, c.cosine, c.margin, c.taken_for
+        yield c.name, c.images, "" if c.loss is None else c.loss, c.accuracy, c.cosine, c.margin, c.taken_for
 
 
 def _classes(config: Config, view: HeadView) -> Html:
@@ -280,15 +282,12 @@ def _classes(config: Config, view: HeadView) -> Html:
         page.note(captions.PICTURES["near"]),
         page.cards(pairs, "pairs"),
     ]
-    drawn = [
-        page.captioned(_svg(figure), captions.PICTURES["centroids"]) for _, figure in figures_of_head(view)
-    ]
-    sizes = np.bincount(index.labels_N, minlength=index.num_classes)
-    label_of = {name: label for label, name in enumerate(view.class_names)}
+    drawn = [page.captioned(_svg(figure), captions.PICTURES[name]) for name, figure in figures_of_head(view)]
+    sizes = np.bincount(index.labels_N, minlength=config.head.num_classes or 0)
     for name, classes in view.classes.items():
         parts += [page.heading(f"Weakest classes of {name}"), page.note(captions.PICTURES["weak"])]
         parts.append(page.table(_WORST_COLUMNS, _worst(classes)))
-        images = [int(sizes[label_of[c.name]]) for c in classes if view.class_names]
+        images = [int(sizes[c.label]) for c in classes]
         if len(set(images)) > 1:
             margins, title = [c.margin for c in classes], f"{name}: does a class need images?"
             figure = figures.value_by_class_size(images, margins, "margin", title)

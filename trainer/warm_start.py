@@ -59,10 +59,13 @@ def weights_for(backbone: nn.Module, source: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def set_class_means(state: TrainState, config: Config, data: TrainingData, world: World) -> None:
-    """Point every row to the mean feature of its class; those without images stay random. Collective."""
+    """Point rows to the mean features of their classes; those without images stay random. Collective.
+
+    Centres of raw distances stay random, too: they are places, and the first steps move them there.
+    """
     if data.index is None:
         raise UserError("init.centroids: class_means needs data.reader=indexed, got stream")
-    matrices = [p for p in state.head.parameters() if p.ndim > 1]  # a sum of losses has several
+    matrices = state.head.rows_by_angle()  # a sum of losses may have several
     state.engine.eval()
     means_CD, counts_C = class_means(
         state.engine, data.index, state.head.shard, matrices[0].shape[1], config, world

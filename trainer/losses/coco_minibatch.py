@@ -22,7 +22,7 @@ from trainer.losses.pairs import own_images
 class CocoMinibatchLoss(DenseHead):
     """Cosine softmax over the mean embeddings of the classes in the batch; holds no rows."""
 
-    can_judge = False
+    can_judge = is_per_image = False
 
     def __init__(self, shard: ClassShard, *, scale: float, group: ProcessGroup) -> None:
         super().__init__(shard, group)

@@ -3,8 +3,8 @@
     L = 1/(2P) sum_(i,j) [ s_ij d_ij^2 + (1 - s_ij) max(0, m - d_ij)^2 ],   d_ij = |x_i - x_j|
 
 with s_ij = 1 for images of one class, else 0, over all P = B (B - 1) ordered pairs of the global batch: no
-mining. On unit features by default, as NormFace (arXiv 1704.06369, eq. 7) has it; Caffe's layer, with the
-same formula and m = 1, has raw embeddings.
+mining. Caffe's layer has this formula with m = 1 and raw embeddings. On unit features by default, as in
+NormFace (arXiv 1704.06369, eq. 7), whose hinge is of squares, as Caffe's legacy one: max(0, m - d^2).
 
 Legend: N images of this rank, B of the global batch, D width of the embedding.
 """
@@ -21,7 +21,7 @@ from trainer.losses.pairs import own_pairs
 class ContrastiveLoss(DenseHead):
     """Squared distances within a class, squared hinges between classes; holds no rows."""
 
-    can_judge = False
+    can_judge = is_per_image = False
 
     def __init__(self, shard: ClassShard, *, margin: float, unit_features: bool, group: ProcessGroup) -> None:
         super().__init__(shard, group)

@@ -10,7 +10,8 @@
                  L_inter = 1/K sum_k CE(W c_k + b, k)        a linear layer over the centres tells them apart
 
 The centres are trained by the optimizer of the head. The text has offset 0, the code (and so the published
-rows) offset 1: log of less than 1 is then no reward. Arguments of log are at least 1e-12, as in the code.
+rows) offset 1: log of less than 1 is then no reward. Arguments of log are at least 1e-12, as in the code,
+which has at most 1e12, too, and whose centres begin sqrt(D) long, ours about 1.
 
 Legend: B images of the global batch, M of them of classes of this rank, N embedded by this rank, C classes of
 this rank, K of all, D width of the embedding.
@@ -48,7 +49,7 @@ class StandaloneCenterLoss(DenseHead):
         group: ProcessGroup,
     ) -> None:
         super().__init__(shard, group)
-        self.inter = inter
+        self.inter, self.is_per_image = inter, inter != "images"
         self.intra_weight, self.inter_weight = intra_weight, inter_weight
         self.log_offset, self.exponent = log_offset, exponent
         self.centres = Centres(shard, dim, seed=seed, group=group, is_trained=True)

@@ -34,7 +34,7 @@ Mining = Literal["all", "random_violating", "semi_hard", "batch_hard"]
 class TripletLoss(DenseHead):
     """Hinge on squared distances; holds no rows."""
 
-    can_judge = False
+    can_judge = is_per_image = False
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ The first part that holds a row per class judges: its rows give accuracy and dir
 this rank, B of the global batch, D width of the embedding, C classes of this rank.
 """
 
+import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainer.collectives import gather_labelled
+from trainer.collectives import gather_labelled, sum_over
 from trainer.head import DenseHead, HeadOutput, apply_gradients, squared_length
 
 
@@ -24,6 +25,7 @@ class WeightedSum(DenseHead):
         self.weights = {name: weight for name, (weight, _) in parts.items()}
         self.parts = nn.ModuleDict({name: part for name, (_, part) in parts.items()})
         self.norm_is_cheap = all(part.norm_is_cheap for part in self._parts())
+        self.is_per_image = all(part.is_per_image for part in self._parts())
 
     @property
     def judge(self) -> DenseHead:
@@ -56,6 +58,16 @@ class WeightedSum(DenseHead):
     def squared_norm(self) -> Tensor:
         """Return the squared length of the gradient of this rank's rows (float64); communicates nothing."""
         return sum((part.squared_norm() for part in self._fused()), squared_length(self._dense()))
+
+    def norm_bound(self) -> float:
+        """Return a number that the length of the gradient over all ranks does not exceed. Collective."""
+        dense = self._dense()
+        squared = float(sum_over(squared_length(dense), self.group)) if dense else 0.0
+        return math.hypot(squared**0.5, *(part.norm_bound() for part in self._fused()))
+
+    def rows_by_angle(self) -> list[Tensor]:
+        """Return the rows of all parts that compare directions."""
+        return [rows for part in self._parts() for rows in part.rows_by_angle()]
 
     @torch.no_grad()
     def update(self, optimizer: Optimizer, *, divisor: float, step: int) -> Tensor:
