@@ -58,11 +58,18 @@ def test_other_formats_become_png_without_loss(tmp_path, extension):
     assert np.array_equal(decoded, np.asarray(picture(mode)))
 
 
-def test_sixteen_bit_grey_keeps_its_range(tmp_path):
+@pytest.mark.parametrize("name", ["1.pgm", "little.tif", "big.tif"])
+def test_sixteen_bit_grey_keeps_its_range(tmp_path, name):
     (tmp_path / "c").mkdir()
-    values = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
-    (tmp_path / "c" / "1.pgm").write_bytes(b"P5\n4 1\n65535\n" + values.astype(">u2").tobytes())
+    values = np.array([[0, 256, 32768, 65535]], dtype="<u2")
+    if name == "1.pgm":
+        (tmp_path / "c" / name).write_bytes(b"P5\n4 1\n65535\n" + values.astype(">u2").tobytes())
+    else:
+        mode, order = {"little.tif": ("I;16", "<u2"), "big.tif": ("I;16B", ">u2")}[name]
+        Image.frombytes(mode, (4, 1), values.astype(order).tobytes()).save(tmp_path / "c" / name)
+        assert Image.open(tmp_path / "c" / name).mode == mode
     [(image, _, _)] = image_folder(tmp_path)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(image))), values)
     assert decode(image, 1).flatten().tolist() == [0, 1, 128, 255]
 
 
@@ -181,6 +188,25 @@ def test_omniglot_names_what_is_wrong(small_omniglot, tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"cannot read \S+\.png: Bad CRC"):
         list(omniglot(path, "background")) + list(omniglot(path, "evaluation"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"c/\xc3\xa4.png", b"c/\xc3\xc3.png", r"a\.zip: cannot read as a zip: 'utf-8' codec can't decode"),
+        (b"\x5d\x00\x00", b"\xff\xff\xff", r"a\.zip: cannot read c/ä\.png: .+"),
+    ],
+    ids=["name", "lzma"],
+)
+def test_broken_zips_are_refused_in_one_line(tmp_path, old, new, message):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("c/ä.png", bytes(100))
+    content = (tmp_path / "a.zip").read_bytes()
+    assert old in content
+    (tmp_path / "a.zip").write_bytes(content.replace(old, new))
+    with pytest.raises(UserError, match=message) as caught:
+        list(image_folder(tmp_path / "a.zip"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(not OMNIGLOT.is_file(), reason="needs omniglot.zip (set OMNIGLOT_ZIP)")

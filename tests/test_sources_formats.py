@@ -148,6 +148,9 @@ def test_emnist_is_turned_upright_and_chosen_by_its_prefix(tmp_path):
         mnist(tmp_path, "test", "emnist-letters")
     with pytest.raises(UserError, match="holds none"):
         mnist(tmp_path / "nowhere", "train")
+    put(tmp_path / (letters[0] + ".gz"), idx(np.empty((3, 0, 28), dtype=np.uint8)))
+    with pytest.raises(UserError, match=r"letters-train-images\S+: images of 0 x 28 pixels"):
+        mnist(tmp_path, "train", "emnist-letters")
 
 
 @pytest.mark.parametrize(
@@ -345,6 +348,9 @@ def test_lfw_pairs_name_images_and_folds(tmp_path):
         pairs.write_text(wrong)
         with pytest.raises(UserError, match=message):
             lfw(tmp_path / "lfw", pairs)
+    put(tmp_path / "lfw" / "Di" / "Bo_0001.png", png(1))
+    with pytest.raises(UserError, match=r"lfw: 'Bo/Bo_0001.jpg' and 'Di/Bo_0001.png' have the same name"):
+        lfw(tmp_path / "lfw", pairs)
 
 
 def test_market_keeps_junk_and_distractors_and_says_person_and_camera(tmp_path):

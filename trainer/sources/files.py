@@ -2,7 +2,6 @@
 
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,24 +87,19 @@ def _zip_files(path: Path) -> Files:
         if os.getpid() not in archives:
             try:
                 archives[os.getpid()] = zipfile.ZipFile(path)
-            except (OSError, zipfile.BadZipFile) as error:
+            except Exception as error:  # zipfile raises nearly anything on broken bytes
                 raise UserError(f"{path}: cannot read as a zip: {error}") from None
         return archives[os.getpid()]
 
     def read(name: str) -> bytes:
+        opened = archive()
         try:
-            if archive().getinfo(name).file_size > MAX_BYTES:
+            if opened.getinfo(name).file_size > MAX_BYTES:
                 raise ValueError(f"above {MAX_BYTES >> 20} MiB unpacked")
-            return archive().read(name)
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-            NotImplementedError,
-            zipfile.BadZipFile,
-            zlib.error,
-        ) as error:
-            raise UserError(f"{path}: cannot read {name}: {error}") from None
+            return opened.read(name)
+        except Exception as error:  # zipfile and its decompressors raise nearly anything on broken bytes
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{path}: cannot read {name}: {reason}") from None
 
     listed = [info.filename for info in archive().infolist() if not info.is_dir()]
     return Files(path, [name for name in listed if not _is_hidden(name)], read)

@@ -47,6 +47,9 @@ def mnist(folder: Path, split: Literal["train", "test"], prefix: str | None = No
     images_NHW, labels_N = (read_idx(path_of[kind], dims) for kind, dims in (("images", 3), ("labels", 1)))
     if len(images_NHW) != len(labels_N) or not len(labels_N):
         raise UserError(f"{path_of['images']}: {len(images_NHW)} images, but {len(labels_N)} labels")
+    if not images_NHW.size:
+        height, width = images_NHW.shape[1:]
+        raise UserError(f"{path_of['images']}: images of {height} x {width} pixels")
     if prefixes[0].startswith("emnist"):
         images_NHW = images_NHW.transpose(0, 2, 1)
     return from_arrays(images_NHW, [str(label) for label in labels_N], list(path_of.values()))

@@ -32,7 +32,10 @@ def lfw(path: Path, pairs_file: Path) -> Source:
     many "NAME i NAME j". Raises UserError naming the line.
     """
     source = image_folder(path)
-    number_of = {_stem(str(file)): i for i, file in enumerate(_image_names(path))}
+    files, number_of = _image_names(path), dict[str, int]()
+    for i, file in enumerate(files):
+        if (first := number_of.setdefault(_stem(file), i)) != i:
+            raise UserError(f"{path}: {files[first]!a} and {file!a} have the same name")
     assert len(number_of) == len(source), "images and names are listed in one order"
     lines = [line.split() for line in read_text(pairs_file).splitlines() if line.strip()]
     try:

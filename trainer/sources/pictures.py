@@ -102,7 +102,8 @@ def as_png(content: bytes, where: str) -> bytes:
             if image.mode == "F" or (image.mode == "I" and not _fits_16_bits(image)):
                 raise ValueError(f"pixels of mode {image.mode} have no fixed range")
             if image.mode.startswith("I"):
-                return png_bytes(image.convert("I;16"))
+                # Through numpy: PIL would clip big-endian pixels at 255.
+                return png_bytes(Image.fromarray(np.asarray(image).astype(np.uint16)))
             return png_bytes(image if image.mode in _PNG_MODES else image.convert("RGB"))
     except UnidentifiedImageError:
         raise UserError(f"{where}: cannot decode: not an image") from None
