@@ -90,6 +90,10 @@ def test_keys_that_occur_twice_and_pairs_without_images_are_found(packed):
         "4 keys occur twice",
         "pairs.csv: no sample '000000099', which a pair names",
     ]
+    (packed.folder / "pairs.csv").write_bytes(b"key1,key2,same,fold\n\xff")
+    assert problems(packed)[1:] == ["pairs.csv: not UTF-8 at byte 20"]
+    (packed.folder / "pairs.csv").write_bytes(b"key1,key2,same,fold\n" + b"0" * 200_000)
+    assert problems(packed)[1:] == ["pairs.csv: field larger than field limit (131072)"]
 
 
 def test_a_folder_without_an_index_is_refused(tmp_path):

@@ -230,6 +230,21 @@ def test_samples_that_are_not_image_and_label_are_refused_by_name(tmp_path, memb
     assert not is_packed(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["-x.tar", ".x.tar", "a\\.tar", "a\n.tar"])
+def test_shards_that_an_index_cannot_name_are_refused_before_it_is_written(tmp_path, name):
+    write_tar(tmp_path / name, [("a.png", b"x"), ("a.cls", b"1")])
+    with pytest.raises(UserError) as caught:
+        build_index(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}: {name!a} begins with - or .")
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_folder_called_like_a_shard_is_refused(tmp_path):
+    (tmp_path / "x.tar").mkdir()
+    with pytest.raises(UserError, match=r"x\.tar: cannot read: Is a directory"):
+        build_index(tmp_path)
+
+
 def test_folders_without_shards_and_labels_without_names_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds no \.tar file"):
         build_index(tmp_path)

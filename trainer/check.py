@@ -1,6 +1,7 @@
 """Is a packed data set what its index says, to the last pixel? Everything is read and nothing is believed."""
 
 import csv
+import io
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from trainer.errors import UserError
 from trainer.index import Index, Shard, load_index
 from trainer.jobs import ONE_PROCESS, Jobs
 from trainer.shards import PAIRS, class_statistics, fingerprint_of, sha256_of
+from trainer.sources.files import read_text
 from trainer.sources.pictures import flaw
 from trainer.tars import scan_tar
 
@@ -102,9 +104,11 @@ def _difference(table: NDArray[Any], indexed: NDArray[Any]) -> str:
 
 
 def _check_pairs(path: Path, keys: set[str]) -> list[str]:
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
+    try:
+        for row in csv.DictReader(io.StringIO(read_text(path), newline="")):
             for column in ("key1", "key2"):
                 if row.get(column) not in keys:
                     return [f"{PAIRS}: no sample {row.get(column)!a}, which a pair names"]
+    except (UserError, csv.Error) as error:
+        return [f"{PAIRS}: {str(error).removeprefix(f'{path}: ')}"]
     return []

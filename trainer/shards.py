@@ -45,6 +45,7 @@ from trainer.tars import IMAGE_EXTENSIONS, scan_tar
 PAIRS = "pairs.csv"
 
 _OUR_NAME = re.compile(r"data-\d{6,}\.tar")
+_INDEXED_NAME = re.compile(r"[^.-][^\\]*\Z")  # as trainer.index reads them
 
 
 class Sample(NamedTuple):
@@ -186,6 +187,12 @@ def build_index(folder: Path, class_names: Sequence[str] | None = None, jobs: Jo
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise UserError(f"{folder} holds no .tar file")
+    if wrong := [
+        path.name for path in paths if not (_INDEXED_NAME.match(path.name) and path.name.isprintable())
+    ]:
+        raise UserError(
+            f"{folder}: {wrong[0]!a} begins with - or ., has a \\ or cannot be printed; rename it"
+        )
     if class_names is None:
         class_names = load_index(folder, str(folder)).class_names if is_packed(folder) else ()
     scanned = jobs.run(lambda i: _scan(paths[i]), len(paths))
@@ -221,12 +228,15 @@ def _blocks(size: int) -> int:
 
 def _scan(path: Path) -> Written:
     rows = []
-    with path.open("rb") as file:
-        for sample in scan_tar(path):
-            image = os.pread(file.fileno(), sample.length, sample.offset)
-            rows.append((sample.offset, sample.length, sample.label, content_hash(image)))
-    table = np.array(rows, dtype=np.int64).reshape(-1, 4)
-    return Written(path.name, path.stat().st_size, sha256_of(path), table)
+    try:
+        with path.open("rb") as file:
+            for sample in scan_tar(path):
+                image = os.pread(file.fileno(), sample.length, sample.offset)
+                rows.append((sample.offset, sample.length, sample.label, content_hash(image)))
+        table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+        return Written(path.name, path.stat().st_size, sha256_of(path), table)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror}") from None
 
 
 def _write_table(folder: Path, written: Sequence[Written], class_names: Sequence[str]) -> None:
