@@ -213,6 +213,22 @@ def test_a_failed_save_keeps_the_old_file_and_leaves_no_rest(tmp_path: Path, mon
         canvas.save(figure, tmp_path / "loss.svg")
 
 
+def test_names_are_no_formulas_but_the_numbers_of_logarithmic_axes_are(tmp_path: Path) -> None:
+    name = "a$b^$"
+    legend = figures.cmc({name: [0.5] * 30})
+    bars = figures.class_sizes(np.array([0, 1, 1]), [name, r"c\$"], name)
+    mapped = figures.embedding_map(np.eye(2), torch.arange(2), name, [name, name])
+    rayed = rays.feature_scatter(torch.eye(3), torch.arange(3), [name] * 3, name)
+    rayed.text(0, 0, name)
+    for figure in (legend, bars, mapped, rayed):
+        assert canvas.save(figure, tmp_path / "a.png").stat().st_size > 0
+        assert name in canvas.as_svg(figure)
+    assert r"c\$" in canvas.as_svg(bars)
+    svg = canvas.as_svg(figures.centroid_cosines(np.array([1, 100_000]), name))  # powers of ten beside it
+    assert r"<!-- $\mathdefault{10^{4}}$ -->" in svg  # matplotlib's note on a formula
+    assert r">$\mathdefault" not in svg
+
+
 def test_class_sizes_are_bars_of_few_classes_and_a_histogram_of_many() -> None:
     few = figures.class_sizes(np.array([0, 0, 2]), ["ant", "bee", "cat"], "set").axes[0]
     assert [bar.get_height() for bar in few.patches] == [2, 0, 1]
@@ -223,4 +239,8 @@ def test_class_sizes_are_bars_of_few_classes_and_a_histogram_of_many() -> None:
         values, edges, _ = stairs.get_data()
         assert values.sum() == len(counts_K)
         assert np.array_equal(values, np.histogram(counts_K, edges)[0])
+        assert f"median {np.median(counts_K):,.0f}, mean {counts_K.mean():,.1f}" in many.get_title()
     assert many.get_xscale() == "log"
+    sparse = figures.class_sizes(np.array([2**31 - 1, 2**31 - 1, 7], dtype=np.int32), [], "set").axes[0]
+    assert sparse.patches[0].get_data().values.tolist() == [2**31 - 2, 1, 1]
+    assert "3 images of 2,147,483,648 classes\n0 to 2 per class, median 0" in sparse.get_title()

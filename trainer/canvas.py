@@ -11,8 +11,11 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter
 
 from trainer.errors import UserError
 
@@ -47,6 +50,20 @@ def colours_of(count: int) -> list[Any]:
     return [matplotlib.colormaps["hsv"](i / count) for i in range(count)]
 
 
+def literal(figure: Figure) -> Figure:
+    """Make a figure show its texts as they are, and return it: a name with two $ in it is no formula.
+
+    What writes a figure calls this first. The numbers of logarithmic axes are formulas, and stay.
+    """
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    for axis in figure.findobj(Axis):
+        if isinstance(axis.get_major_formatter(), LogFormatter):
+            for label in axis.get_ticklabels(which="both"):
+                label.set_parse_math(True)
+    return figure
+
+
 def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Write a PNG of 150 dpi and return its path; the folder is made, and the file is complete or absent."""
     path = Path(path)
@@ -55,7 +72,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        figure.savefig(
+        literal(figure).savefig(
             unfinished, format="png", dpi=150, metadata={"Software": None}
         )  # no version of matplotlib
         unfinished.replace(path)
@@ -71,7 +88,7 @@ def as_svg(figure: Figure) -> str:
     """
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
-        figure.savefig(text, format="svg", transparent=True, dpi=220, metadata={"Date": None})
+        literal(figure).savefig(text, format="svg", transparent=True, dpi=220, metadata={"Date": None})
     svg = text.getvalue()
     before, _, after = svg[svg.index("<svg") :].partition("<metadata>")
     svg = before + after.partition("</metadata>")[2]

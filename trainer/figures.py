@@ -137,36 +137,41 @@ def small_curve(
 
 def class_sizes(labels_N: np.ndarray, class_names: Sequence[str], title: str) -> Figure:
     """Draw how many images classes have: a bar for each of up to 40 classes, else how many have how many."""
-    counts_K = np.bincount(labels_N, minlength=len(class_names))
-    few = len(counts_K) <= BAR_CLASSES
+    num_classes = max(len(class_names), int(labels_N.max()) + 1)  # up to 2^31, so nothing has their length
+    _, counts = np.unique(labels_N, return_counts=True)
+    sizes, times = np.unique(counts, return_counts=True)
+    if empty := num_classes - len(counts):
+        sizes, times = np.append(0, sizes), np.append(empty, times)
+    middle = [(num_classes - 1) // 2, num_classes // 2]
+    median = sizes[np.searchsorted(times.cumsum(), middle, side="right")].mean()
+    few = num_classes <= BAR_CLASSES
     figure = new_figure(8, 4.6)
     axes = new_axes(figure, "class" if few else "images of the class", "images" if few else "classes")
     if few:
-        names = [str(i) for i in range(len(counts_K))] if not class_names else [*class_names]
-        axes.bar(range(len(counts_K)), counts_K, color="tab:blue", alpha=0.7)
-        axes.set_xticks(range(len(counts_K)), [name[:20] for name in names])
+        names = [*class_names] or [str(i) for i in range(num_classes)]
+        axes.bar(range(len(names)), np.bincount(labels_N, minlength=len(names)), color="tab:blue", alpha=0.7)
+        axes.set_xticks(range(len(names)), [name[:20] for name in names])
         if len(names) * min(20, max(map(len, names))) > 75:
             axes.tick_params(axis="x", rotation=90)
     else:
-        long_tailed = counts_K.max() > 20 * max(1, np.median(counts_K))
-        edges = _whole_edges(
-            max(1, counts_K.min()) if long_tailed else counts_K.min(), counts_K.max(), long_tailed
-        )
-        axes.stairs(np.histogram(counts_K, edges)[0], edges, fill=True, color="tab:blue", alpha=0.7)
-        axes.axvline(counts_K.mean(), linestyle=(0, (4, 3)), linewidth=1, color=INK)
+        long_tailed = sizes[-1] > 20 * max(1, median)
+        edges = _whole_edges(max(1, sizes[0]) if long_tailed else sizes[0], sizes[-1], long_tailed)
+        heights, _ = np.histogram(sizes, edges, weights=times)
+        axes.stairs(heights, edges, fill=True, color="tab:blue", alpha=0.7)
+        axes.axvline(len(labels_N) / num_classes, linestyle=(0, (4, 3)), linewidth=1, color=INK)
         if long_tailed:
             axes.set_xscale("log")
             axes.set_yscale("symlog", linthresh=1)
             axes.set_ylim(bottom=0)
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set_xlim(counts_K.min() - 5, counts_K.max() + 5)
+            axes.set_xlim(sizes[0] - 5, sizes[-1] + 5)
     if axes.get_yscale() == "linear":
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(
-        f"{title}: {len(labels_N):,} images of {len(counts_K):,} classes\n"
-        f"{counts_K.min():,} to {counts_K.max():,} per class, median {np.median(counts_K):,.0f},"
-        f" mean {counts_K.mean():,.1f}",
+        f"{title}: {len(labels_N):,} images of {num_classes:,} classes\n"
+        f"{sizes[0]:,} to {sizes[-1]:,} per class, median {median:,.0f},"
+        f" mean {len(labels_N) / num_classes:,.1f}",
         fontsize=12,
         color=INK,
         pad=10,
