@@ -112,6 +112,11 @@ def test_reading_is_measured_stage_by_stage_beside_the_usual_ways(tmp_path: Path
         next(measure_data(dataclasses.replace(case, batch=21)))
     with pytest.raises(UserError, match=r"--workers: webdataset needs a shard for each, .* has 3"):
         next(measure_data(dataclasses.replace(case, workers=4)))
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "JPEG")
+    write_shards([(buffer.getvalue()[:-40], "jpg", 0)] * 3, tmp_path / "cut", ["only"])
+    with pytest.raises(UserError, match=r"^FOLDER: shard data-000000.tar, sample \S+.jpg: cannot decode: "):
+        next(measure_data(dataclasses.replace(case, folder=tmp_path / "cut", batch=1)))
 
 
 def test_a_step_is_measured_beside_a_plain_loop_that_computes_the_same(tmp_path: Path) -> None:

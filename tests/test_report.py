@@ -1,5 +1,7 @@
 """The report: one file that needs no other, well-formed, with the pairs that brute force finds."""
 
+import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -9,12 +11,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from small_run import make_run, pack_photos
 
 from trainer import hardpairs, page, report
+from trainer.config import BackboneConfig
 from trainer.errors import UserError
+from trainer.gallery import thumbnail
 from trainer.hardpairs import hardest_pairs
+from trainer.index import open_index
 from trainer.report import report as write
+from trainer.shards import write_shards
 
 VOID = {"meta", "img", "br", "link", "input", "path", "use", "image", "rect", "stop"}
 
@@ -131,6 +138,16 @@ def test_texts_are_escaped_and_html_is_not():
     assert page.table(("a<", "b", "c", "d"), [("<i>", page.Html("<b>x</b>"), 1.5, 2)]).count("&lt;") == 2
     assert "<b>x</b>" in page.table(("a",), [(page.Html("<b>x</b>"),)])
     assert 'title="&quot;q&quot;"' in page.picture(b"x", "png", '"q"')
+
+
+def test_an_image_that_cannot_be_decoded_is_shown_as_grey_with_the_reason(tmp_path):
+    write_shards([(b"\xff\xd8\xff cut", "jpg", 0)], tmp_path / "cut", ["only"])
+    for channels, pixel in ((1, 128), (3, (128, 128, 128))):
+        backbone = BackboneConfig(name="lenetpp", image_size=8, channels=channels)
+        shown = thumbnail(open_index(tmp_path / "cut", "x"), 0, backbone, "class 0")
+        assert 'alt="class 0: cannot decode: ' in shown
+        content = base64.b64decode(re.search(r"base64,([^\"]+)", shown)[1])
+        assert Image.open(io.BytesIO(content)).getpixel((3, 3)) == pixel
 
 
 def test_a_run_without_a_checkpoint_is_refused_in_one_line(run, tmp_path):

@@ -73,8 +73,8 @@ def _stages(case: DataCase, index: Index, files: Path | None) -> Iterator[tuple[
     order = epoch_order(index.num_samples, seed=0, epoch=0)[: case.images].tolist()
     steps = [order[i : i + case.batch] for i in range(0, len(order), case.batch)]
     contents = index.read_many(order)
-    of_one_size = all(_pil(content).size == (case.image_size,) * 2 for content in contents)
-    usual = _usual_transform(None if of_one_size else case.image_size)
+    sizes = {_size(index, i, content) for i, content in zip(order, contents, strict=True)}
+    usual = _usual_transform(None if sizes == {(case.image_size,) * 2} else case.image_size)
 
     read: dict[str, Way] = {"ours": lambda: sum(len(index.read_many(step)) for step in steps)}
     if "webdataset" in case.against:
@@ -162,6 +162,14 @@ def _usual_loader(case: DataCase, samples: Any, **options: Any) -> int:
     loader = DataLoader(samples, batch_size=case.batch, num_workers=case.workers, drop_last=True, **options)
     steps = case.images // case.batch
     return sum(len(labels) for _, labels in itertools.islice(loader, steps))
+
+
+def _size(index: Index, i: int, content: bytes) -> tuple[int, ...]:
+    """Return height and width. Raises UserError naming the sample if it cannot be decoded."""
+    try:
+        return decode(content, 3).shape[1:]
+    except ValueError as error:
+        raise UserError(f"{index.describe(i)}: {error}") from None
 
 
 def _pil(content: bytes) -> Image.Image:

@@ -75,9 +75,13 @@ def hard_pairs(title: str, shown: Shown) -> Html:
 
 
 def thumbnail(index: Index, i: int, backbone: BackboneConfig, text: str) -> Html:
-    """Return an image as the model sees it."""
+    """Return an image as the model sees it, or grey with the reason if it cannot be decoded."""
     size = image_size_of(backbone)
-    pixels_CHW = build_eval_transform(image_size=size)(decode(index.read(i), backbone.channels))
+    try:
+        pixels_CHW = build_eval_transform(image_size=size)(decode(index.read(i), backbone.channels))
+    except ValueError as error:  # training may have replaced it (data.on_bad_sample)
+        pixels_CHW = torch.full((backbone.channels, size, size), 128, dtype=torch.uint8)
+        text = f"{text}: {error}"
     array = pixels_CHW.permute(1, 2, 0).numpy()
     image = Image.fromarray(array[:, :, 0] if backbone.channels == 1 else array)
     image.thumbnail((_PIXELS, _PIXELS))
