@@ -37,6 +37,20 @@ def test_eval_transform_resizes_the_shorter_side_and_crops_the_centre():
     assert torch.equal(upright, square.transpose(1, 2))
 
 
+@pytest.mark.parametrize("length", [64, 20_001])
+def test_only_the_middle_of_a_very_long_image_is_resized(monkeypatch, length):
+    seen, resize = [], v2.functional.resize
+    monkeypatch.setattr(
+        v2.functional, "resize", lambda x, *a, **k: seen.append(x.shape) or resize(x, *a, **k)
+    )
+    line_CHW = torch.arange(length).mul(255).floor_divide(length).to(torch.uint8).expand(3, 1, -1)
+    for image_CHW in (line_CHW, line_CHW.transpose(1, 2)):
+        square_CHW = build_eval_transform(image_size=8)(image_CHW)
+        assert square_CHW.shape == (3, 8, 8)
+        assert (square_CHW.int() - 127).abs().max() <= 4
+    assert seen == [(3, 1, 64), (3, 64, 1)]
+
+
 EVERYTHING = {
     "image_size": 16,
     "crop_scale": (0.5, 1.0),

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
+MAX_RATIO = 64  # of the sides of what is resized: an image of 1 x 20 000 would become 3 GB at size 224
 Transform = Callable[[Tensor], Tensor]
 """From one uint8 CHW image to another."""
 
@@ -103,6 +104,10 @@ class _Square:
     def __call__(self, pixels_CHW: Tensor) -> Tensor:
         if pixels_CHW.shape[1:] == self.shape:
             return pixels_CHW
+        shorter, longer = sorted(pixels_CHW.shape[1:])
+        if longer > MAX_RATIO * shorter:
+            kept = [min(side, MAX_RATIO * shorter) for side in pixels_CHW.shape[1:]]
+            pixels_CHW = v2.functional.center_crop(pixels_CHW, kept)
         # Functions: v2.Compose of v2.Resize and v2.CenterCrop takes 40 us more an image.
         pixels_CHW = v2.functional.resize(pixels_CHW, [self.shape[0]], antialias=True)
         if pixels_CHW.shape[1:] == self.shape:
