@@ -95,6 +95,8 @@ def test_mixed_sets_share_classes_by_name_or_keep_them_apart(packed, tmp_path):
     apart = mix([one, two], "offset", ["one", "two"])
     assert apart.class_names == ("one/ant", "one/bee", "one/cat", "one/dog", "two/dog", "two/eel")
     assert apart.num_classes == 6
+    alike = mix([one, two], "offset", ["train", "train"])
+    assert alike.class_names[2:5] == ("train-1/cat", "train-1/dog", "train-2/dog")
     assert apart.labels_N[NUM_SAMPLES:].tolist() == [4, 5] * 5
     assert both.num_samples == NUM_SAMPLES + 10
     asked = [60, 0, 53, 52, 62, 1]

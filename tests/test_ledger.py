@@ -109,6 +109,21 @@ def test_the_ledger_names_each_bad_sample_once_also_after_a_restart(index, tmp_p
         assert sample == int(line["key"][:9])
 
 
+def test_a_last_line_that_was_cut_is_dropped_and_other_damage_is_not(index, tmp_path):
+    steps(index, tmp_path, num_steps=8)
+    path, other, whole = tmp_path / "rank-00000.jsonl", tmp_path / "rank-00007.jsonl", lines(tmp_path)
+    path.write_bytes(path.read_bytes()[:-9])
+    other.write_bytes(b'{"shard": "data-0')  # of a rank that this run does not have any more
+    with pytest.raises(UserError, match=r"rank-00000\.jsonl: line 3 does not name shard and offset"):
+        read_quarantine(path, index.find)
+    steps(index, tmp_path, num_steps=8)
+    other.unlink()
+    assert sorted(lines(tmp_path), key=str) == sorted(whole, key=str)
+    path.write_bytes(b"{\n" + path.read_bytes())
+    with pytest.raises(UserError, match=r"rank-00000\.jsonl: line 1 does not name shard and offset"):
+        ledger(tmp_path)
+
+
 def test_what_is_in_quarantine_is_replaced_unseen_by_the_same_samples(index, tmp_path):
     replaced = steps(index, tmp_path, num_steps=8)
     known = read_quarantine(tmp_path, index.find)

@@ -7,6 +7,7 @@ communication.
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +42,9 @@ class Ledger:
         self, folder: Path, *, rank: int, world_size: int, num_samples: int, max_bad_fraction: float
     ) -> None:
         self._path = folder / f"rank-{rank:05d}.jsonl"
-        self._known = {(line["shard"], line["offset"]) for line in _read_all(folder)}
+        if self._path.exists():  # what a full disk or a kill has cut short would begin the next line
+            os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)
+        self._known = {(line["shard"], line["offset"]) for line in _read_all(folder, whole_lines=True)}
         self._at_start, self._world_size = len(self._known), world_size
         self._fraction, self._limit = max_bad_fraction, max_bad_fraction * num_samples
 
@@ -88,13 +91,15 @@ def read_quarantine(path: Path, find: Callable[[str, int], int | None]) -> froze
     return frozenset(samples)
 
 
-def _read_all(folder: Path) -> list[dict[str, Any]]:
-    return [line for path in sorted(folder.glob("*.jsonl")) for line in _read_lines(path)]
+def _read_all(folder: Path, whole_lines: bool = False) -> list[dict[str, Any]]:
+    return [line for path in sorted(folder.glob("*.jsonl")) for line in _read_lines(path, whole_lines)]
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+def _read_lines(path: Path, whole_lines: bool = False) -> list[dict[str, Any]]:
+    """Read a ledger; with ``whole_lines`` not what follows the last newline."""
+    lines, content = [], path.read_text(encoding="utf-8", errors="replace")
+    content = content[: content.rfind("\n") + 1] if whole_lines else content
+    for number, text in enumerate(content.splitlines(), start=1):
         try:
             line = json.loads(text)
             lines.append({"shard": str(line["shard"]), "offset": int(line["offset"])})

@@ -92,10 +92,12 @@ class Mixture:
 def mix(parts: Sequence[Index], labels: Literal["name", "offset"], part_names: Sequence[str]) -> Mixture:
     """Read several data sets as one: classes of one name are one class, or every set has its own.
 
-    New classes come behind those that are there; a set's own begin with its name. Raises UserError if there
-    are no names to match by.
+    New classes come behind those that are there; a set's own begin with its name, and its number if two sets
+    have one name. Raises UserError if there are no names to match by.
     """
     if labels == "offset":
+        if len(set(part_names)) < len(part_names):  # a/train and b/train
+            part_names = [f"{name}-{i}" for i, name in enumerate(part_names, 1)]
         parts_and_names = zip(parts, part_names, strict=True)
         names = tuple(f"{own}/{name}" for part, own in parts_and_names for name in part.class_names)
         starts = np.cumsum([0, *(part.num_classes for part in parts)])
