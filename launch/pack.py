@@ -46,6 +46,7 @@ from trainer.regions import REGIONS
 
 Build = Callable[[], sources.Source]
 
+WALKED = ("imagefolder", "lfw", "market1501", "omniglot")  # take an image from any folder below PATH
 TWO_HALVES: tuple[Literal["train", "test"], ...] = ("train", "test")
 
 
@@ -181,9 +182,10 @@ def list_sets(options: argparse.Namespace) -> Mapping[str, Build]:
 def native_sets(options: argparse.Namespace) -> Mapping[str, Build]:
     """Return the sets as the source itself has them."""
     path: Path = getattr(options, "path", Path())
+    if options.source in WALKED:
+        packing.require_apart(options.out, path)
     match options.source:
         case "imagefolder":
-            packing.require_apart(options.out, path)
             return {"": partial(sources.image_folder, path)}
         case "csv":
             found = sources.csv_sets(path, options.root)

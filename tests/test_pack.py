@@ -69,9 +69,11 @@ def test_script_packs_a_folder_and_then_refuses_in_one_line_to_overwrite_it(phot
     )
 
 
-def test_the_folder_to_write_may_not_lie_among_the_images(photos, run):
+@pytest.mark.parametrize("source", ["imagefolder", "lfw", "market1501", "omniglot"])
+def test_the_folder_to_write_may_not_lie_among_the_images(photos, run, source):
+    arguments = [photos, "pairs.txt"] if source == "lfw" else [photos]
     with pytest.raises(UserError, match=r"out lies in .*, of which all is packed; choose a folder outside"):
-        run("imagefolder", photos, photos / "a" / "out")
+        run(source, *arguments, photos / "a" / "out")
     assert not (photos / "a" / "out").exists()
 
 
