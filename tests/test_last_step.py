@@ -34,8 +34,8 @@ def pack(root: Path, name: str, classes: dict[str, int]) -> Path:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("last")
-    pack(root, "train", {"ant": 3, "bee": 3, "cat": 3})
-    pack(root, "single", {"ant": 1, "bee": 1, "cat": 1})
+    pack(root, "train", {"ant": 3, "bee $x^$": 3, "cat": 3})
+    pack(root, "single", {"ant": 1, "bee $x^$": 1, "cat": 1})
     pack(root, "one", {"ant": 4})
     return root
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer.backbone import build_backbone
 from trainer.checkpoint import head_tensors
-from trainer.collectives import gather_labelled
+from trainer.collectives import gather_labelled, sum_over
 from trainer.config import Config, from_dict
 from trainer.distributed import World
 from trainer.errors import UserError
@@ -377,6 +377,21 @@ def test_steps_of_a_sum_are_those_of_a_textbook(num_ranks: int, textbook: dict[s
 
 
 ROWLESS_SUM = {"name": "triplet", "extra": {"contrastive": 0.5}}
+
+
+def norms_on_a_rank(world: World, loss: dict[str, Any]) -> tuple[float, float]:
+    head = build_head(config_of(loss), world, DIM)
+    embeddings_BD, labels_B = batch_of(LABELS["some absent, one alone"])
+    embeddings_ND = embeddings_BD.chunk(world.size)[world.rank].requires_grad_()
+    (2.0 * head(embeddings_ND, labels_B.chunk(world.size)[world.rank]).loss).backward()
+    return head.norm_bound(), float(sum_over(head.squared_norm(), world.group).sqrt())
+
+
+@pytest.mark.parametrize("loss", [SUMS["coco, softmax, center"][1], {"extra": {"triplet": 3.0}}], ids=str)
+def test_the_cheap_bound_of_a_sum_is_never_below_its_gradient_nor_far_above(loss: dict[str, Any]) -> None:
+    for num_ranks in NUM_RANKS:
+        for bound, exact in run_on_ranks(norms_on_a_rank, num_ranks, loss):
+            assert exact <= bound < 8.0 * exact
 
 
 def evaluate_on_rank(world: World) -> dict[str, dict[str, float]]:

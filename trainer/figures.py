@@ -53,7 +53,8 @@ def cosine_histogram(features_ND: Tensor, labels_N: Tensor, title: str) -> Figur
     axes.set_ylim(bottom=0)
     what = "all pairs of" if len(shown_N) == len(labels_N) else f"all pairs of {len(shown_N):,} out of"
     axes.set_title(f"{title} ({what} {len(labels_N):,} images)", fontsize=11, color=INK, pad=10)
-    figure.legend(loc="outside lower center", frameon=False)
+    if axes.patches:
+        figure.legend(loc="outside lower center", frameon=False)
     return figure
 
 

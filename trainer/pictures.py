@@ -123,7 +123,7 @@ def save_animation(frames: Frames, path: Path, title: str) -> Path:
     for step, frame in frames.items():
         figure = rays.feature_scatter(*frame[:3], f"{title}, step {step}", view)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=80)
+        canvas.literal(figure).savefig(buffer, format="png", dpi=80)
         images.append(Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE))
     durations = [300] * (len(images) - 1) + [2000]
     path.parent.mkdir(parents=True, exist_ok=True)
