@@ -77,7 +77,7 @@ def test_a_study_is_every_row_with_every_seed_as_a_command_that_stands_alone(pat
     study = load_study(path, Path("runs"), ["optim.steps=7"])
     assert len(study.runs) == 3 * 2 * 3
     command = command_of(study, study.runs[-1])
-    assert command[1:4] == ["launch/train.py", "--config", "base.yaml"]
+    assert command[1:4] == [str(REPOSITORY / "launch" / "train.py"), "--config", "base.yaml"]
     config = load(Path("base.yaml"), command[4:])
     assert (config.loss.name, config.loss.extra) == ("triplet", {"softmax": 0.5})
     assert (config.backbone.embedding_dim, config.optim.lr, config.seed) == (16, 0.25, 5)
@@ -294,7 +294,8 @@ def test_rows_change_what_their_axes_and_common_say(path: Path) -> None:
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_shipped_study_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    assert load_study(path, Path("runs")).runs
+    study = load_study(path, Path("runs"))
+    assert "launch/train.py" in command_of(study, study.runs[0])
 
 
 REAL = """

@@ -54,6 +54,7 @@ log = logging.getLogger("trainer")
 _REQUIRED = {"base": str, "axes": dict, "seeds": list, "metrics": list}
 _OPTIONAL = {"common": dict, "rows": dict, "baseline": str, "ranks": int}
 _FIRST_PORT = 29600
+_REPOSITORY = Path(__file__).resolve().parents[1]
 _server = multiprocessing.get_context("forkserver")
 
 Results = Mapping[tuple[tuple[str, ...], int], Mapping[str, float]]
@@ -229,7 +230,10 @@ def command_of(study: Study, run: Run, port: int = _FIRST_PORT) -> list[str]:
         deepspeed = str(Path(sys.executable).parent / "deepspeed")
         launcher = [deepspeed, "--num_gpus", str(study.ranks), "--master_port", str(port)]
     place = (f"run.root={run.folder.parent}", f"run.name={run.folder.name}")
-    return [*launcher, "launch/train.py", "--config", str(study.base), *run.overrides, *place]
+    script = _REPOSITORY / "launch" / "train.py"
+    if Path.cwd() == _REPOSITORY:  # as people type it
+        script = script.relative_to(_REPOSITORY)
+    return [*launcher, str(script), "--config", str(study.base), *run.overrides, *place]
 
 
 def write_table(study: Study) -> Path:

@@ -57,13 +57,11 @@ class CenterLoss(DenseHead):
     def settle(self) -> None:
         """Move the centres by the images of the step, all its micro-batches together."""
         offsets, rows, sizes = zip(*self._seen, strict=True)
-        centres_CD = self.centres.rows_CD
-        sum_CD = torch.zeros_like(centres_CD).index_add_(0, torch.cat(rows), torch.cat(offsets))
-        if self.rule == "alpha":
-            count_C = torch.bincount(torch.cat(rows), minlength=len(centres_CD))
-            centres_CD.add_(sum_CD / (1 + count_C)[:, None], alpha=self.rate)
-        else:
-            centres_CD.add_(sum_CD / sum(sizes), alpha=self.rate)
+        seen_P, place_M, count_P = torch.cat(rows).unique(return_inverse=True, return_counts=True)
+        offsets_MD = torch.cat(offsets)
+        sum_PD = offsets_MD.new_zeros(len(seen_P), offsets_MD.shape[1]).index_add_(0, place_M, offsets_MD)
+        sum_PD /= (1 + count_P)[:, None] if self.rule == "alpha" else sum(sizes)
+        self.centres.rows_CD.index_add_(0, seen_P, sum_PD, alpha=self.rate)
 
     def end_step(self, applied: bool = True) -> None:
         """Forget the images of the step, applied or not."""
