@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from small_run import make_run, pack_photos, random_backbone
 from torch import Tensor, nn
 
-from trainer import export
+from trainer import export, shards
 from trainer.augment import build_eval_transform
 from trainer.config import protocol_from_dict
 from trainer.embed import Embeddings
@@ -189,6 +189,39 @@ def test_what_cannot_be_exported_is_refused_in_one_line(run, data, tmp_path, mon
     monkeypatch.setattr(export, "TOLERANCE", 1e-12)
     assert message_of(run, tmp_path / "out").startswith("--format: timm does not reproduce this model")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith((".out", "out"))]
+
+
+def test_only_an_export_is_overwritten(run, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("1")
+    monkeypatch.chdir(tmp_path)
+    for out, foreign in ((tmp_path / "mine", "precious.txt"), (Path("."), "mine"), (run, "checkpoints")):
+        expected = f"--out: {out.resolve()} holds {foreign}, which is not of an export; choose another folder"
+        assert message_of(run, out, overwrite=True) == expected
+    file = tmp_path / "mine" / "precious.txt"
+    assert message_of(run, file, overwrite=True) == f"--out: {file} is not a folder"
+    assert message_of(run, file / "x").startswith(f"--out: {file / 'x'}: cannot write: ")
+    shutil.copytree(run / "export", tmp_path / "old")
+    (tmp_path / "old" / "README.md").unlink()
+    export.export(run, tmp_path / "old", overwrite=True)
+    assert (tmp_path / "old" / "README.md").is_file()
+
+
+def test_an_image_to_check_on_that_is_broken_is_named(run, tmp_path):
+    shards.write_shards([(b"broken", "png", 0)], tmp_path / "data", ["arch"])
+    assert message_of(run, tmp_path / "out", images=tmp_path / "data").startswith(
+        "--images: shard data-000000.tar, sample 000000000.png: cannot decode"
+    )
+
+
+def test_centroids_are_whole_or_absent(run, tmp_path, monkeypatch):
+    trained = export.open_trained(run)
+    with pytest.raises(UserError, match=r"no/c.safetensors: cannot write: No such file or directory"):
+        export.write_centroids(trained, tmp_path / "no" / "c.safetensors")
+    monkeypatch.setattr(export, "rows_name", lambda tensors, judge: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export.write_centroids(trained, tmp_path / "c.safetensors")
+    assert not (tmp_path / "c.safetensors").exists()
 
 
 @pytest.mark.nightly

@@ -299,8 +299,8 @@ def claim(out: Path, summary: dict[str, Any], class_names: Sequence[str]) -> str
                 return f"{out}: holds other embeddings: {key} is {found.get(key)!r}, not {summary.get(key)!r}"
             return None
         out.mkdir(parents=True, exist_ok=True)
-        _replace(out / CLASSES, lambda file: file.write(json.dumps(class_names).encode()))
-        _replace(path, lambda file: file.write((json.dumps(summary, indent=1) + "\n").encode()))
+        write_whole(out / CLASSES, lambda file: file.write(json.dumps(class_names).encode()))
+        write_whole(path, lambda file: file.write((json.dumps(summary, indent=1) + "\n").encode()))
     except (OSError, ValueError) as error:
         return f"{out}: cannot write embeddings: {error}"
     return None
@@ -339,18 +339,18 @@ def write_rows(
     failed_keys: Iterable[str] = (),
 ) -> None:
     """Write the four files of some rows; the embeddings come last, and make them count."""
-    _replace(_file(out, "keys", number), lambda file: file.write(_lines(keys)))
-    _replace(_file(out, "failed", number), lambda file: file.write(_lines(failed_keys)))
-    _replace(_file(out, "labels", number), lambda file: np.save(file, labels_N, allow_pickle=False))
-    _replace(_file(out, "embeddings", number), lambda file: np.save(file, table_ND, allow_pickle=False))
+    write_whole(_file(out, "keys", number), lambda file: file.write(_lines(keys)))
+    write_whole(_file(out, "failed", number), lambda file: file.write(_lines(failed_keys)))
+    write_whole(_file(out, "labels", number), lambda file: np.save(file, labels_N, allow_pickle=False))
+    write_whole(_file(out, "embeddings", number), lambda file: np.save(file, table_ND, allow_pickle=False))
 
 
 def _lines(texts: Iterable[str]) -> bytes:
     return "".join(f"{text}\n" for text in texts).encode("utf-8", "surrogateescape")
 
 
-def _replace(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file that is complete or absent."""
+def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
+    """Write a file that is complete or absent. Raises UserError."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("wb") as file:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,17 @@ from torch import Tensor, nn
 from trainer.augment import build_eval_transform
 from trainer.backbone import Backbone, image_size_of, is_from_timm, load_timm, save_timm, with_classifier
 from trainer.decode import decode
+from trainer.embed import write_whole
 from trainer.errors import UserError
 from trainer.index import Index, open_index
 from trainer.options import dump
 from trainer.trained import Trained, open_trained, rows_name
 
 FORMATS = ("timm", "onnx", "torch", "torchscript")
+FILES = {
+    "README.md", "centroids.safetensors", "classes.json", "config.yaml", "config.json", "model.safetensors",
+    "model.onnx", "model.pt2", "model.ts",
+}  # fmt: skip
 CHECK_IMAGES = 32
 TOLERANCE = 1e-3
 """Largest difference of a coordinate of unit features; float32 networks differ by about 1e-6."""
@@ -72,16 +77,18 @@ def export(
     run's own sets. Raises UserError if one differs, or cannot hold the model.
     """
     trained = open_trained(path)
-    out = out or trained.run_folder / "export"
-    if out.exists() and not overwrite:
-        raise UserError(f"--out: {out} exists already; --overwrite replaces it")
+    out = (out or trained.run_folder / "export").resolve()
+    _check_free(out, overwrite)
     name = trained.config.backbone.name
     if "timm" in formats and not is_from_timm(name):
         raise UserError(f"--format: timm has no {name}, which is this project's own; take onnx or torch")
     images_NCHW = _some_images(trained, images)
     model = PixelsToFeatures(trained.build_backbone()).eval()
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out: {out}: cannot write: {error.strerror}") from None
     try:
         with torch.inference_mode():
             expected_ND = model(images_NCHW)
@@ -105,6 +112,18 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Exported(out, differences)
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    """Raise UserError if OUT is taken: by an export (unless ``overwrite``) or by anything else (always)."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"--out: {out} is not a folder")
+    if foreign := sorted({path.name for path in out.iterdir()} - FILES):
+        raise UserError(f"--out: {out} holds {foreign[0]}, which is not of an export; choose another folder")
+    if not overwrite:
+        raise UserError(f"--out: {out} exists already; --overwrite replaces it")
 
 
 @torch.no_grad()
@@ -132,24 +151,22 @@ def write_centroids(trained: Trained, path: Path) -> None:
     K x D, or K x S x D with S sub-centroids a class.
 
     safetensors has no writer that streams; its format is 8 bytes of length, a JSON header, and the numbers.
+    Raises UserError.
     """
-    blocks = trained.stream_rows()
-    with path.open("wb") as file:
-        for low, tensors in blocks:
-            name = rows_name(tensors, trained.config.loss.judge)
-            rows = F.normalize(tensors[name].float(), dim=-1)
-            if low == 0:
-                per_class = (
-                    [trained.config.head.sub_centroids] if trained.num_rows > trained.num_classes else []
-                )
-                shape = [trained.num_classes, *per_class, rows.shape[1]]
-                entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * int(np.prod(shape))]}
-                header = json.dumps({"centroids": entry}).encode()
-                header += b" " * (-len(header) % 8)
-                file.write(len(header).to_bytes(8, "little") + header)
-            file.write(rows.contiguous().numpy().astype("<f4", copy=False).tobytes())
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(path, lambda file: file.writelines(_centroid_bytes(trained)))
+
+
+def _centroid_bytes(trained: Trained) -> Iterator[bytes]:
+    for low, tensors in trained.stream_rows():
+        rows = F.normalize(tensors[rows_name(tensors, trained.config.loss.judge)].float(), dim=-1)
+        if low == 0:
+            per_class = [trained.config.head.sub_centroids] if trained.num_rows > trained.num_classes else []
+            shape = [trained.num_classes, *per_class, rows.shape[1]]
+            entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * int(np.prod(shape))]}
+            header = json.dumps({"centroids": entry}).encode()
+            header += b" " * (-len(header) % 8)
+            yield len(header).to_bytes(8, "little") + header
+        yield rows.contiguous().numpy().astype("<f4", copy=False).tobytes()
 
 
 def _write_timm(
@@ -228,12 +245,18 @@ def _require_close(name: str, expected_ND: Tensor, found_ND: Tensor) -> float:
 
 
 def _some_images(trained: Trained, folder: Path | None) -> Tensor:
-    """Return images as the model sees them when it is judged, spread over a data set."""
+    """Return images as the model sees them when it is judged, spread over a data set. Raises UserError."""
     index = _open_some(trained, folder)
     chosen = np.unique(np.linspace(0, index.num_samples - 1, CHECK_IMAGES).astype(int))
     backbone = trained.config.backbone
     transform = build_eval_transform(image_size=image_size_of(backbone))
-    return torch.stack([transform(decode(index.read(int(i)), backbone.channels)) for i in chosen])
+    images = []
+    for i in chosen.tolist():
+        try:
+            images.append(transform(decode(index.read(i), backbone.channels)))
+        except ValueError as error:
+            raise UserError(f"{index.describe(i)}: {error}; --images takes another set") from None
+    return torch.stack(images)
 
 
 def _open_some(trained: Trained, folder: Path | None) -> Index:
