@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
         ("show", "step, model, classes, files"),
-        ("verify", "read every number"),
+        ("verify", "hash every file, read every number"),
         ("export-head", "unit centroids as one safetensors file"),
     ):
         command = commands.add_parser(name, help=text)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from torch import Tensor
 from trainer.checkpoint import Contents
 from trainer.config import Config, to_dict
 from trainer.diagnostics import view_head
-from trainer.distributed import World
+from trainer.distributed import World, joined_world
 from trainer.errors import UserError
 from trainer.export import write_centroids
 from trainer.head import ClassShard, initial_rows
+from trainer.manifest import MANIFEST, entry_of, write_manifest
 from trainer.models import load_model, open_model
 from trainer.saving import Checkpoints
 from trainer.state import build_head
@@ -60,16 +62,39 @@ def refused(run: Path) -> str:
     return str(caught.value)
 
 
+def write_anew(path: Path) -> None:
+    """Give a checkpoint the manifest of its files as they are."""
+    files = [file for file in path.iterdir() if file.name != MANIFEST]
+    write_manifest(path, {file.name: entry_of(file) for file in files})
+
+
+@pytest.mark.parametrize("name", ["backbone.safetensors", "head-00000.safetensors", "classes.json"])
+def test_one_flipped_bit_is_found_by_whoever_reads_the_file(run, name):
+    trained = open_trained(run)
+    content = bytearray((trained.path / name).read_bytes())
+    content[-3] ^= 1
+    (trained.path / name).write_bytes(content)
+    found = f"damaged checkpoint: {trained.path / name}: its content is not what was written (sha256 differs)"
+    assert refused(run) == found
+    with joined_world(60.0) as world, pytest.raises(UserError, match=re.escape(found)):
+        open_model(run, world).centroids()
+    with joined_world(60.0) as world, pytest.raises(UserError, match=re.escape(found)):
+        load_model(run, trained.config, world)
+
+
 def test_what_is_not_whole_is_named(run):
     path = open_trained(run).path
     assert verify(open_trained(run))["head"] == 3 * 12 * 3
     tensors = load_file(path / "head-00000.safetensors")
     tensors["parameter.centroids_CD"][2, 1] = torch.nan
     save_file(tensors, path / "head-00000.safetensors", {"start": "0", "stop": "3", "num_classes": "3"})
+    write_anew(path)
     assert "parameter.centroids_CD from row 0 on holds a number that is not finite" in refused(run)
     save_file(tensors, path / "head-00000.safetensors", {"start": "0", "stop": "2", "num_classes": "3"})
+    write_anew(path)
     assert str(path) in refused(run)
     (path / "backbone.safetensors").write_bytes(b"short")
+    write_anew(path)
     assert refused(run).startswith(f"{path / 'backbone.safetensors'}: cannot read")
 
 

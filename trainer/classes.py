@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.checkpoint import Contents, read_tensors
+from trainer.checkpoint import Contents
 from trainer.class_means import centroids_at, class_means, only_classes
 from trainer.config import Config, to_dict
 from trainer.distributed import World, joined_world
@@ -148,7 +148,7 @@ def write_changed(
     contents = Contents(
         trained.record["step"],
         record,
-        backbone=read_tensors(trained.path / "backbone.safetensors") if world.is_main else {},
+        backbone=trained.read_backbone() if world.is_main else {},
         head=rows,
         shard=shard.times(config.head.sub_centroids),
         class_names=index.class_names,

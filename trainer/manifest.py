@@ -3,6 +3,7 @@
 Knows neither tensors nor ranks. The manifest is written last: a folder without it was never finished.
 """
 
+import fnmatch
 import hashlib
 import json
 import logging
@@ -55,8 +56,8 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
         raise ValueError(f"not a manifest: {error!r}") from None
 
 
-def damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """Return one line for every file that is not as it was written; none if all are.
+def damage(folder: Path, part: int = 0, parts: int = 1, pattern: str = "*") -> list[str]:
+    """Return one line for every file, called like ``pattern``, that is not as it was written.
 
     The work can be shared: each of ``parts`` readers looks at every ``parts``-th file, and all at the list.
     """
@@ -64,9 +65,13 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
         entries = read_manifest(folder)
     except (OSError, ValueError) as error:
         return [f"{folder / MANIFEST}: {error}"]
-    found = [_difference(folder / name, entries[name]) for name in sorted(entries)[part::parts]]
+    listed = fnmatch.filter(sorted(entries), pattern)
+    found = [_difference(folder / name, entries[name]) for name in listed[part::parts]]
     unlisted = {path.name for path in folder.glob("*.safetensors")} - entries.keys()
-    found += [f"{folder / name}: is not in the manifest" for name in sorted(unlisted)[part::parts]]
+    found += [
+        f"{folder / name}: is not in the manifest"
+        for name in fnmatch.filter(sorted(unlisted), pattern)[part::parts]
+    ]
     return [line for line in found if line]
 
 
@@ -108,11 +113,11 @@ def remove_rubbish(folder: Path) -> None:
         log.warning("%s: removed; it was left by a save that did not come to its end", path)
 
 
-def verify(path: Path) -> None:
-    """Raise UserError naming the first file of a checkpoint that is not as it was written."""
+def verify(path: Path, pattern: str = "*", part: int = 0, parts: int = 1) -> None:
+    """Raise UserError naming the first file of a checkpoint that is not as it was written, see ``damage``."""
     if read_record(path)["format"] == 1:
         log.warning("%s: has no checksums (format 1), so it cannot be verified", path)
-    elif found := damage(path):
+    elif found := damage(path, part, parts, pattern):
         raise UserError(f"damaged checkpoint: {found[0]}")
 
 

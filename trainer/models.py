@@ -32,7 +32,7 @@ from trainer.head import DenseHead
 from trainer.imagesets import open_images
 from trainer.judge import judge
 from trainer.log import CLASSES
-from trainer.manifest import read_record
+from trainer.manifest import read_record, verify
 from trainer.state import build_head, load_loss_statistics
 from trainer.trained import open_trained, rows_name
 
@@ -112,9 +112,11 @@ def open_model(path: Path, world: World) -> Model:
 def load_model(folder: Path, config: Config, world: World) -> tuple[Backbone, DenseHead]:
     """Build backbone and this rank's part of the head from a run's newest checkpoint, for evaluation.
 
-    ``config`` is that of the run, changed where this does not change the model. Raises UserError.
+    ``config`` is that of the run, changed where this does not change the model. Ranks share the look for
+    damaged files: one of them raises UserError.
     """
     trained = dataclasses.replace(open_trained(folder), config=config)
+    verify(trained.path, "head-*", world.rank, world.size)
     backbone = trained.build_backbone().to(world.device)
     head = build_head(config, world, backbone.dim)
     load_head(head, None, read_rows(trained.path, head.row_shard))

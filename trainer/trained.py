@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer import manifest
 from trainer.backbone import Backbone, build_backbone
 from trainer.checkpoint import read_rows, read_tensors
 from trainer.config import Config, InvalidConfigError, from_dict
@@ -47,11 +48,16 @@ class Trained:
         """Rows of the head: ``head.sub_centroids`` for each class, one after another."""
         return self.num_classes * self.config.head.sub_centroids
 
+    def read_backbone(self) -> dict[str, Tensor]:
+        """Return the backbone's tensors and their optimizer's. Raises UserError if they are damaged."""
+        manifest.verify(self.path, "backbone*")
+        return read_tensors(self.path / "backbone.safetensors")
+
     def build_backbone(self) -> Backbone:
         """Build the backbone with its trained weights, ready to embed. Raises UserError."""
         config = dataclasses.replace(self.config.backbone, pretrained=False, gradient_checkpointing=False)
         backbone = build_backbone(config, group=None)
-        weights = backbone_weights(read_tensors(self.path / "backbone.safetensors"))
+        weights = backbone_weights(self.read_backbone())
         try:
             backbone.load_state_dict(weights)
         except RuntimeError as error:
@@ -59,7 +65,11 @@ class Trained:
         return backbone.eval()
 
     def stream_rows(self, block: int = BLOCK_ROWS) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Yield (first row, the head's tensors of some rows), in order; ``block`` rows at a time."""
+        """Yield (first row, the head's tensors of some rows), in order; ``block`` rows at a time.
+
+        Raises UserError if they are damaged.
+        """
+        manifest.verify(self.path, "head-*")
         for low in range(0, self.num_rows, block):
             high = min(low + block, self.num_rows)
             yield low, read_rows(self.path, ClassShard(low, high, self.num_rows))
@@ -76,6 +86,7 @@ def open_trained(path: Path) -> Trained:
         if not found:
             raise UserError(f"{path}: holds no complete checkpoint")
         checkpoint, run_folder = found[-1], path
+    manifest.verify(checkpoint, "*.json")
     record = read_record(checkpoint)
     try:
         config = from_dict(record["config"])
@@ -130,10 +141,10 @@ def describe(trained: Trained) -> dict[str, Any]:
 def verify(trained: Trained) -> dict[str, int]:
     """Read every tensor; return how many numbers there are. Raises UserError naming what is not whole.
 
-    All rows have to be there, and every number has to be finite.
+    Files have to be as they were written, all rows have to be there, and every number has to be finite.
     """
     numbers = {"backbone": 0, "head": 0}
-    for name, value in read_tensors(trained.path / "backbone.safetensors").items():
+    for name, value in trained.read_backbone().items():
         _require_finite(trained.path, name, value)
         numbers["backbone"] += value.numel()
     for low, tensors in trained.stream_rows():
