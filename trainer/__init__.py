@@ -90,6 +90,7 @@ level 1
     tars            what is in a tar of samples, which may be hostile
     recordio        InsightFace's .rec and .idx
     pickles         the pickles of foreign data sets, read without unpickling
+    folders         the files below a folder, links followed: for packing and for judging alike
     jobs            independent pieces of work in several processes
     locks           locks that the processes of a node share, with an end to waiting
     remote          a remote file to a local one: whole and verified, or an error in bounded time

@@ -13,6 +13,7 @@ Keys are those of the tars (``000000012`` of ``000000012.jpg``), or paths below 
 
 import csv
 import dataclasses
+import hashlib
 import json
 import os
 import tarfile
@@ -26,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import UserError
+from trainer.folders import walk
 from trainer.index import Index, is_packed, open_index
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -46,6 +48,8 @@ class ImageSet:
     describe: Callable[[int], str]
     list_keys: Callable[[], Sequence[str]]
     list_notes: Callable[[], Sequence[dict[str, Any]]]
+    fingerprint: Callable[[], str] = lambda: ""
+    """Returns what tells a set from others; of a folder, a hash of names and sizes. Raises UserError."""
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -121,12 +125,14 @@ def _packed(index: Index) -> ImageSet:
         describe=index.describe,
         list_keys=lambda: [key for key, *_ in members()],
         list_notes=notes,
+        fingerprint=lambda: index.fingerprint,
     )
     return images
 
 
 def _folder(root: Path, field: str) -> ImageSet:
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    found = (folder / name for folder, _, names in walk(root) for name in names)
+    paths = sorted(path for path in found if path.suffix.lower() in EXTENSIONS)
     if not paths:
         raise UserError(f"{field}: {root} holds neither an index nor images ({', '.join(EXTENSIONS)})")
     classes = [path.relative_to(root).parent.as_posix() for path in paths]
@@ -139,14 +145,24 @@ def _folder(root: Path, field: str) -> ImageSet:
         except OSError as error:
             raise UserError(f"{field}: {paths[i]}: cannot read: {error.strerror}") from None
 
+    keys = [path.relative_to(root).as_posix() for path in paths]
+
+    def fingerprint() -> str:
+        try:
+            sizes = [path.stat().st_size for path in paths]
+        except OSError as error:
+            raise UserError(f"{field}: {error.filename}: cannot read: {error.strerror}") from None
+        return hashlib.sha256(json.dumps([keys, sizes]).encode()).hexdigest()
+
     return ImageSet(
         field=field,
         labels_N=np.array([label_of[name] for name in classes]),
         class_names=tuple(names),
         read=read,
         describe=lambda i: f"{field}: {paths[i]}",
-        list_keys=lambda: [path.relative_to(root).as_posix() for path in paths],
+        list_keys=lambda: keys,
         list_notes=lambda: [{} for _ in paths],
+        fingerprint=fingerprint,
     )
 
 
@@ -160,7 +176,7 @@ def _scan(path: Path) -> _Members:
                 folder, slash, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")  # as webdataset splits
                 key = folder + slash + stem
-                if extension == "json":
+                if extension.lower() == "json":
                     texts[key] = (member.offset_data, member.size)
                 elif f".{extension.lower()}" in EXTENSIONS:
                     images[member.offset_data] = key

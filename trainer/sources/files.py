@@ -2,11 +2,12 @@
 
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.errors import UserError
+from trainer.folders import walk
 
 MAX_BYTES = 1 << 28  # of one image: a small zip can claim to hold a file that fills the memory
 
@@ -31,22 +32,6 @@ def open_files(path: Path) -> Files:
     if not path.exists():
         raise UserError(f"{path} does not exist")
     return _folder_files(path) if path.is_dir() else _zip_files(path)
-
-
-def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Yield (folder, subfolders, files) below ``root``: sorted, no hidden names, symbolic links followed."""
-
-    def fail(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot read: {error.strerror}")
-
-    for name, subfolders, files in os.walk(root, followlinks=True, onerror=fail):
-        folder = Path(name)
-        subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
-        around = [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
-        for link in (folder / s for s in subfolders if (folder / s).is_symlink()):
-            if link.resolve() in [parent.resolve() for parent in around]:
-                raise UserError(f"{link} is a symbolic link to a folder around it")
-        yield folder, subfolders, sorted(f for f in files if not f.startswith("."))
 
 
 def extension_of(name: str) -> str:

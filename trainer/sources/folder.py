@@ -5,7 +5,8 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from trainer.errors import UserError
-from trainer.sources.files import Files, extension_of, open_files, walk
+from trainer.folders import walk
+from trainer.sources.files import Files, extension_of, open_files
 from trainer.sources.pictures import is_image, packable
 from trainer.sources.source import Source
 
