@@ -26,8 +26,8 @@ from torch import Tensor
 from launch import evaluate
 from trainer.bench import Model
 from trainer.config import InvalidConfigError, ProtocolConfig, protocol_from_dict
-from trainer.distributed import World
-from trainer.embed import Embeddings, write_embeddings
+from trainer.distributed import World, joined_world
+from trainer.embed import Embeddings, claim, write_embeddings, write_rows
 from trainer.errors import UserError
 from trainer.imagesets import open_images
 from trainer.judge import check, judge
@@ -35,9 +35,10 @@ from trainer.metrics import verification
 from trainer.protocols.ranking import images_of
 from trainer.protocols.retrieval import retrieval
 from trainer.shards import build_index
+from trainer.sources import image_folder
 
 
-def pack(folder: Path, samples: list[tuple[str, int, int, dict[str, Any]]]) -> None:
+def pack(folder: Path, samples: list[tuple[str, int, int, dict[str, Any]]], note: str = "json") -> None:
     """Write (key, identity, number, notes) as a tar with KEY.json, labels being identities, and index it."""
     folder.mkdir(parents=True)
     with tarfile.open(folder / "data-000000.tar", "w") as tar:
@@ -46,7 +47,7 @@ def pack(folder: Path, samples: list[tuple[str, int, int, dict[str, Any]]]) -> N
             Image.fromarray(pattern(identity, number)).save(image, "PNG")
             parts = {
                 "cls": str(identity).encode(),
-                "json": json.dumps(notes).encode(),
+                note: json.dumps(notes).encode(),
                 "png": image.getvalue(),
             }
             for extension, content in parts.items():
@@ -327,6 +328,7 @@ def test_what_would_be_a_figure_of_nothing_is_refused(root: Path, tmp_path: Path
         "pairs": protocol("pairs", root / "lfw", pairs=str(tmp_path / "pairs.txt"), missing="count"),
         "fpirs": protocol("identification", root / "query", gallery=str(root / "gallery"), fpirs=[0.1]),
         "fars": protocol("distractors", root / "lfw", distractors=str(root / "crowd"), fars=[1e-4]),
+        "ks": protocol("closed_set", root / "query", gallery=str(root / "gallery"), ks=[1, 6]),
     }
     [said] = run_on_ranks(refusals_on_rank, 1, list(cases.items()))
     for name in NAMES:
@@ -337,6 +339,7 @@ def test_what_would_be_a_figure_of_nothing_is_refused(root: Path, tmp_path: Path
         "fpirs": "--fpirs: 0.1 is of too few errors, or too many: there are 0 probes without a mate",
         "fars": "--fars: 0.0001 is of too few errors, or too many: there are 30 x 70 pairs, and the 100 "
         "nearest of a probe are kept",
+        "ks": "--ks: 6 of 6 classes: any image is a hit",
     }
     with pytest.raises(InvalidConfigError, match="invalid"):
         protocol("open_set", root, fars=[0.0])
@@ -441,6 +444,93 @@ def test_embeddings_of_something_else_are_not_gone_on_with(root: Path, tmp_path:
     assert Embeddings(tmp_path, "OUT").files[0].dtype == np.float16
     with pytest.raises(AssertionError, match="holds other embeddings: dtype is 'float16', not 'float32'"):
         run_on_ranks(write_on_rank, 1, root / "query", tmp_path, "float32")
+
+
+def test_embeddings_of_data_that_changed_are_neither_gone_on_with_nor_noted(tmp_path: Path) -> None:
+    data, out, summary = tmp_path / "data", tmp_path / "out", tmp_path / "out" / "embeddings.json"
+    for number in range(3):
+        save(data / "a" / f"{number}.png", 0, number)
+    with joined_world(60.0) as world:
+        write_on_rank(world, data, out, "float32")
+        (data / "a" / "2.png").rename(data / "a" / "3.png")
+        with pytest.raises(UserError, match="out: holds other embeddings: data_fingerprint is '"):
+            write_on_rank(world, data, out, "float32")
+        with pytest.raises(UserError, match=f"--data: {data} has changed since {out} was made of it"):
+            Embeddings(out, "--data").images().note("person")
+        old = json.loads(summary.read_text())
+        del old["data_fingerprint"]  # as it was once written
+        summary.write_text(json.dumps(old))
+        assert write_on_rank(world, data, out, "float32") == {"calls": 0}
+        assert Embeddings(out, "--data").images().note("person") is None
+        (data / "a" / "3.png").rename(data / "a" / "3\n.png")
+        with pytest.raises(UserError, match=r"DATA: image 'a/3\\n.png' has a line break in its name"):
+            write_on_rank(world, data, tmp_path / "other", "float32")
+
+
+def write_features(out: Path, features_ND: np.ndarray, model: str = "runs/a 1") -> Path:
+    num = len(features_ND)
+    summary = {"num_images": num, "rows_per_file": num, "num_files": 1, "flip_sum": False, "model": model}
+    assert claim(out, summary | {"data": "gone"}, ["person0", "person1"]) is None
+    write_rows(out, 0, features_ND, np.arange(num) % 2, [f"key{i}" for i in range(num)], ["key1"])
+    return out
+
+
+def test_embeddings_of_two_models_or_widths_are_not_compared(root: Path, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+    data = write_features(tmp_path / "data", rows)
+    gallery = write_features(tmp_path / "wide", rows.repeat(2, 1))
+    other = write_features(tmp_path / "other", rows, "runs/b 2")
+    cases = {
+        (name, each): protocol(name, data, gallery=str(each), missing="count")
+        for name in ("closed_set", "retrieval")
+        for each in (gallery, other, root / "gallery")
+    }
+    [said] = run_on_ranks(refusals_on_rank, 1, [(str(key), config) for key, config in cases.items()])
+    of_images = {
+        "closed_set": "centroids of width 5, embeddings of width 8",
+        "retrieval": "features of width 8 cannot be compared with those of width 5",
+    }
+    for (name, each), config in cases.items():
+        expected = {
+            gallery: f"--gallery: {gallery} has width 16, {data} has 8",
+            other: f"--gallery: {other} was made by runs/b 2, {data} by runs/a 1",
+        }
+        assert said[str((name, each))] == expected.get(each, of_images[config.protocol])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("nan", r"--data: .*embeddings-00000.npy: row 2 \(key2\) is not finite"),
+        ("embeddings-00000.npy", "embeddings-00000.npy: cannot read: mmap length"),
+        ("labels-00000.npy", "labels-00000.npy: cannot read: .*No such file"),
+        ("keys-00000.txt", "--data: .*keys-00000.txt: cannot read: No such file"),
+    ],
+)
+def test_a_broken_file_of_embeddings_is_named(tmp_path: Path, spoil: str, message: str) -> None:
+    rows = np.ones((4, 3), dtype=np.float32)
+    rows[[1, 2] if spoil == "nan" else 1] = np.nan
+    path = write_features(tmp_path, rows) / spoil
+    if spoil.startswith("embeddings"):
+        path.write_bytes(path.read_bytes()[:-4])
+    elif spoil != "nan":
+        path.unlink()
+    with pytest.raises(UserError, match=message):
+        Embeddings(tmp_path, "--data").load(torch.device("cpu"))
+
+
+def test_a_folder_is_read_as_it_is_packed(tmp_path: Path) -> None:
+    for identity, name in enumerate(("data/ann", "data/.hidden", "elsewhere")):
+        save(tmp_path / name / "1.png", identity, 1)
+    (tmp_path / "data" / "bob").symlink_to(tmp_path / "elsewhere")
+    images = open_images(tmp_path / "data", "--data")
+    assert (images.class_names, images.keys) == (("ann", "bob"), ["ann/1.png", "bob/1.png"])
+    assert image_folder(tmp_path / "data").classes == ["ann", "bob"]
+    (tmp_path / "data" / "bob" / "again").symlink_to(tmp_path / "data")
+    with pytest.raises(UserError, match="again is a symbolic link to a folder around it"):
+        open_images(tmp_path / "data", "--data")
+    pack(tmp_path / "tar", [("q", 0, 0, {"camera": 3})], note="JSON")
+    assert open_images(tmp_path / "tar", "--data").list_notes() == [{"camera": 3}]
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:

@@ -101,11 +101,13 @@ class Bench:
         )
 
     def open(self, field: str) -> Source:
-        """Open the set that a field of the configuration names."""
+        """Open the set that a field of the configuration names. Raises UserError."""
         path, name = getattr(self.config, field), self.prefix + field
         if not is_embeddings(path):
             return Source(open_images(path, name), None)
         found = Embeddings(path, name)
+        if field != "data" and is_embeddings(self.config.data):
+            self._require_alike(Embeddings(self.config.data, f"{self.prefix}data"), found)
         if self.config.flip != found.summary["flip_sum"]:
             made = "with" if found.summary["flip_sum"] else "without"
             raise UserError(f"{self.prefix}flip: the embeddings of {path} were made {made} mirror images")
@@ -115,6 +117,19 @@ class Bench:
                 f"{failed[0]}; {self.prefix}missing=count leaves them out"
             )
         return Source(found.images(), found)
+
+    @staticmethod
+    def _require_alike(data: Embeddings, other: Embeddings) -> None:
+        """Raise UserError if they are of two models: by the hash, the path before it may be another."""
+        models = [str(each.summary.get("model")) for each in (data, other)]
+        if models[0].rpartition(" ")[2] != models[1].rpartition(" ")[2]:
+            raise UserError(
+                f"{other.field}: {other.folder} was made by {models[1]}, {data.folder} by {models[0]}"
+            )
+        if data.width != other.width:
+            raise UserError(
+                f"{other.field}: {other.folder} has width {other.width}, {data.folder} has {data.width}"
+            )
 
     def embed(self, source: Source, rows: NDArray[np.int64] | None = None) -> EmbeddedSet:
         """Embed a set, or some rows of it. Every rank must call it."""

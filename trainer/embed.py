@@ -2,7 +2,7 @@
 
 ::
 
-    OUT/embeddings.json            number of images, width, type, rows per file, model and data
+    OUT/embeddings.json            number of images, type, rows per file, model and data with fingerprints
     OUT/classes.json               names of the labels
     OUT/embeddings-00000.npy       rows 0 to rows_per_file, float16 or float32, not normalised; then 00001 ...
     OUT/labels-00000.npy           their labels
@@ -122,7 +122,7 @@ def write_embeddings(
     """Write the files of the module's docstring, going on where an earlier call was ended.
 
     Every rank must call it; files are dealt to the ranks. ``origin`` says which ``model`` and ``data`` they
-    come from. Raises UserError if OUT holds embeddings of another origin, width or type.
+    come from. Raises UserError if OUT holds embeddings of another origin or type, or of data that changed.
     """
     starts = range(0, len(images), rows_per_file)
     files = list(enumerate(starts))
@@ -130,7 +130,10 @@ def write_embeddings(
         "num_images": len(images), "dtype": dtype, "rows_per_file": rows_per_file, "num_files": len(files),
         "flip_sum": reading.flip_sum, **origin,
     }  # fmt: skip
-    failure = from_main(claim(out, summary, images.class_names) if world.is_main else None, world.group)
+    failure = None
+    if world.is_main:
+        failure = claim(out, summary | {"data_fingerprint": images.fingerprint()}, images.class_names)
+    failure = from_main(failure, world.group)
     if failure:
         raise UserError(failure)
     missing = [(number, start) for number, start in files if not _file(out, "embeddings", number).is_file()]
@@ -151,6 +154,7 @@ class Embeddings:
         try:
             self.summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
             numbers = range(self.summary["num_files"])
+            self.class_names: tuple[str, ...] = tuple(json.loads((folder / CLASSES).read_text()))
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{field}: {folder}: cannot read embeddings: {error}") from None
         absent = [n for n in numbers if not _file(folder, "embeddings", n).is_file()]
@@ -159,10 +163,8 @@ class Embeddings:
                 f"{field}: {folder} is incomplete: {len(absent)} of {len(numbers)} files are missing, the "
                 f"first is {_file(folder, 'embeddings', absent[0]).name}; run launch/embed.py again"
             )
-        self.files = [np.lib.format.open_memmap(_file(folder, "embeddings", n), mode="r") for n in numbers]
-        self.labels_N = np.concatenate(
-            [np.load(_file(folder, "labels", n), allow_pickle=False) for n in numbers]
-        )
+        self.files = [_array(_file(folder, "embeddings", n)) for n in numbers]
+        self.labels_N = np.concatenate([_array(_file(folder, "labels", n)) for n in numbers])
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -180,21 +182,34 @@ class Embeddings:
     @property
     def failed_keys(self) -> list[str]:
         """Their keys."""
-        return self._lines("failed")
+        return self._lines("failed", *range(len(self.files)))
 
     @property
     def keys(self) -> list[str]:
         """The key of every image."""
-        return self._lines("keys")
+        return self._lines("keys", *range(len(self.files)))
 
-    def _lines(self, kind: str) -> list[str]:
-        paths = (_file(self.folder, kind, number) for number in range(len(self.files)))
-        texts = (path.read_bytes().decode("utf-8", "surrogateescape") for path in paths)
-        return [key for text in texts for key in text.split("\n")[:-1]]
+    def _lines(self, kind: str, *numbers: int) -> list[str]:
+        try:
+            contents = [_file(self.folder, kind, number).read_bytes() for number in numbers]
+        except OSError as error:
+            raise UserError(f"{self.field}: {error.filename}: cannot read: {error.strerror}") from None
+        return [key for c in contents for key in c.decode("utf-8", "surrogateescape").split("\n")[:-1]]
 
     def images(self) -> ImageSet:
-        """Return the set that was embedded, without pixels; with notes if it is still where it was."""
+        """Return the set that was embedded, without pixels; with notes if it is still where it was.
+
+        The notes of data that have changed meanwhile raise UserError.
+        """
         data = Path(self.summary["data"])
+
+        def notes() -> Sequence[dict[str, Any]]:
+            if not data.is_dir():
+                return [{}] * len(self)
+            found = open_images(data, self.field)
+            if self.summary.get("data_fingerprint") not in (None, found.fingerprint()):
+                raise UserError(f"{self.field}: {data} has changed since {self.folder} was made of it")
+            return found.list_notes()
 
         def read(i: int) -> bytes:
             raise UserError(f"{self.field}: {self.folder} holds embeddings, not images")
@@ -202,13 +217,11 @@ class Embeddings:
         return ImageSet(
             field=self.field,
             labels_N=self.labels_N,
-            class_names=tuple(json.loads((self.folder / CLASSES).read_text())),
+            class_names=self.class_names,
             read=read,
             describe=lambda i: f"{self.field}: image {self.keys[i]}",
             list_keys=lambda: self.keys,
-            list_notes=lambda: (
-                open_images(data, self.field).list_notes() if data.is_dir() else [{}] * len(self)
-            ),
+            list_notes=notes,
         )
 
     def stream(self, world: World) -> Iterator[Embedded]:
@@ -221,9 +234,7 @@ class Embeddings:
         positions_N = torch.empty(len(self), dtype=torch.int64, device=device)
         embeddings_ND = torch.empty(len(self), self.width, device=device)
         count = 0
-        for number in range(
-            len(self.files)
-        ):  # in place: parts and their concatenation would be twice as much
+        for number in range(len(self.files)):  # in place: parts and their whole would be twice as much
             positions, embeddings = self._rows(number, device)
             positions_N[count : count + len(positions)] = positions
             embeddings_ND[count : count + len(positions)] = embeddings
@@ -232,7 +243,13 @@ class Embeddings:
 
     def _rows(self, number: int, device: torch.device) -> Embedded:
         rows_ND = torch.from_numpy(np.array(self.files[number], dtype=np.float32)).to(device)
-        kept_N = ~rows_ND.isnan().any(dim=1)
+        kept_N = rows_ND.isfinite().all(dim=1)
+        if not kept_N.all():
+            keys, failed = self._lines("keys", number), set(self._lines("failed", number))
+            for row in (~kept_N).nonzero().flatten().tolist():
+                if keys[row] not in failed:
+                    path = _file(self.folder, "embeddings", number)
+                    raise UserError(f"{self.field}: {path}: row {row} ({keys[row]}) is not finite")
         first = number * self.summary["rows_per_file"]
         return Embedded(first + kept_N.nonzero().squeeze(1), rows_ND[kept_N])
 
@@ -293,10 +310,11 @@ def claim(out: Path, summary: dict[str, Any], class_names: Sequence[str]) -> str
     try:
         if path.is_file():
             found = json.loads(path.read_text())
-            differing = [key for key in summary | found if summary.get(key) != found.get(key)]
+            known = {"data_fingerprint": summary.get("data_fingerprint")} | found  # once it was not written
+            differing = [key for key in summary | known if summary.get(key) != known.get(key)]
             if differing:
                 key = differing[0]
-                return f"{out}: holds other embeddings: {key} is {found.get(key)!r}, not {summary.get(key)!r}"
+                return f"{out}: holds other embeddings: {key} is {known.get(key)!r}, not {summary.get(key)!r}"
             return None
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / CLASSES, lambda file: file.write(json.dumps(class_names).encode()))
@@ -308,6 +326,14 @@ def claim(out: Path, summary: dict[str, Any], class_names: Sequence[str]) -> str
 
 def _file(out: Path, kind: str, number: int) -> Path:
     return out / f"{kind}-{number:05d}.{'npy' if kind in ('embeddings', 'labels') else 'txt'}"
+
+
+def _array(path: Path) -> NDArray[Any]:
+    """Map an array into memory. Raises UserError."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: cannot read: {error}") from None
 
 
 def _write_file(
@@ -327,6 +353,8 @@ def _write_file(
                 f"--dtype: an embedding does not fit {dtype}: take float32, or the model has diverged"
             )
     keys, failed_keys = [images.keys[i] for i in rows], [images.keys[i] for i in sorted(failed)]
+    if broken := [key for key in keys if "\n" in key]:
+        raise UserError(f"{images.field}: image {broken[0]!r} has a line break in its name")
     write_rows(out, number, table, images.labels_N[rows.start : rows.stop], keys, failed_keys)
 
 

@@ -109,7 +109,13 @@ def share(work: Iterable[Work], part: tuple[int, int]) -> Iterator[Work]:
 
 
 def cosines(rows: Images, columns: Images) -> Tensor:
-    """Return B x G cosines, correctly rounded to float32 whatever the tile (see the module's docstring)."""
+    """Return B x G cosines, correctly rounded to float32 whatever the tile (see the module's docstring).
+
+    Raises UserError for features of two widths.
+    """
+    widths = rows.features.shape[1], columns.features.shape[1]
+    if widths[0] != widths[1]:
+        raise UserError(f"features of width {widths[0]} cannot be compared with those of width {widths[1]}")
     return (rows.features.double() @ columns.features.double().T).float()
 
 

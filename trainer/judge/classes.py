@@ -40,6 +40,8 @@ def judge_closed_set(bench: Bench) -> Figures:
             raise UserError(f"{bench.prefix}data: class {unknown[0]!r} has no centroid")
         labels_N = torch.tensor([label_of[name] for name in names], device=labels_N.device)[labels_N]
     ks = bench.config.ks or (1, 5)
+    if bench.config.ks and max(ks) >= len(centroids_KD):
+        raise UserError(f"{bench.prefix}ks: {max(ks)} of {len(centroids_KD)} classes: any image is a hit")
     result = closed_set(found.embeddings_ND, labels_N, centroids_KD, ks, bench.sharing)
     yield "num_images", float(len(labels_N))
     yield from bench.left_out(("failed_images", len(found.images) - len(labels_N)))

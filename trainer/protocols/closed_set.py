@@ -47,11 +47,14 @@ def closed_set(
     Scores are float64 rounded to float32, so a tie counts against the model. Every rank must call it.
     """
     num_classes = len(centroids_KD)
+    width = embeddings_ND.shape[1]
+    if centroids_KD.shape[-1] != width:
+        raise UserError(f"centroids of width {centroids_KD.shape[-1]}, embeddings of width {width}")
     wrong = labels_N[(labels_N < 0) | (labels_N >= num_classes)]
     if len(wrong):
         raise UserError(f"label {int(wrong[0])} has no centroid: there are {num_classes} classes")
     labels_N, ks = labels_N.to(embeddings_ND.device), [k for k in ks if k < num_classes]
-    points_KSD = centroids_KD.to(embeddings_ND.device).double().view(num_classes, -1, embeddings_ND.shape[1])
+    points_KSD = centroids_KD.to(embeddings_ND.device).double().view(num_classes, -1, width)
     points_RD = points_KSD.flatten(0, 1)
     directions_RD = F.normalize(points_RD)
     squares_R = points_RD.square().sum(1)
