@@ -1,5 +1,6 @@
 """Class changes: what stays, stays to the bit; new rows are mean features, on any number of ranks."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,12 +13,14 @@ from ranks import run_on_ranks
 from small_run import make_run, pack_photos, random_backbone
 from torch import Tensor
 
+from trainer import classes
 from trainer.augment import build_eval_transform
 from trainer.checkpoint import read_rows, read_tensors
 from trainer.classes import change_classes, config_for, match, write_changed
 from trainer.decode import decode
 from trainer.distributed import World
 from trainer.errors import UserError
+from trainer.feed import open_training_data
 from trainer.head import ClassShard, initial_rows
 from trainer.index import open_index
 from trainer.trained import open_trained
@@ -33,6 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_run(root, pack_photos(root, "old", OLD, (32, 32)), name="run")
     pack_photos(root, "grown", {**OLD, "ape": 5, "fox": 6}, (32, 32))
     pack_photos(root, "fewer", {"bee": 5, "eel": 4}, (32, 32))
+    pack_photos(root, "single", {"bee": 2}, (32, 32))
     pack_photos(root, "other", {"cow": 3, "dog": 4, "fish": 4, "bird": 3}, (32, 32))
     return root
 
@@ -176,6 +180,7 @@ def test_remap_renames_drops_and_adds_at_once_with_random_rows(root, tmp_path):
         ("drop", "fewer", {"ant": "bee"}, "drop: --map merges 2 classes; merge or remap can do it"),
         ("remap", "fewer", {"owl": "bee"}, "--map: 'owl' is not a class of the checkpoint"),
         ("remap", "fewer", {"bee": "x", "eel": "y"}, "remap: {data} has no class of the checkpoint"),
+        ("drop", "single", {}, "NEW_DATA: {data} has one class, and a head has two or more"),
     ],
 )
 def test_what_a_command_does_not_do_is_refused_by_the_name_of_a_class(
@@ -185,6 +190,19 @@ def test_what_a_command_does_not_do_is_refused_by_the_name_of_a_class(
         change_classes(command, root / "run", root / data, tmp_path / "new", renames=renames)
     assert str(caught.value) == message.format(data=root / data)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"sampler": "class_weighted", "class_power": 0.5}, {"shuffle_window": 1}]
+)
+def test_the_changed_checkpoint_is_of_the_data_that_training_opens(root, tmp_path, monkeypatch, how):
+    trained = open_trained(root / "run")
+    config = dataclasses.replace(trained.config, data=dataclasses.replace(trained.config.data, **how))
+    changed = dataclasses.replace(trained, config=config)
+    monkeypatch.setattr(classes, "open_trained", lambda path: changed)
+    change_classes("grow", root / "run", root / "grown", tmp_path / "new", new_rows="random")
+    written = open_trained(tmp_path / "new")
+    assert written.record["data_fingerprint"] == open_training_data(written.config).fingerprint
 
 
 def test_an_existing_run_is_not_written_into(root):

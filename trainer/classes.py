@@ -26,6 +26,7 @@ from trainer.class_means import centroids_at, class_means, only_classes
 from trainer.config import Config, to_dict
 from trainer.distributed import World, joined_world
 from trainer.errors import UserError
+from trainer.feed import fingerprint_of
 from trainer.head import ClassShard, initial_rows
 from trainer.index import Index, open_index
 from trainer.log import CLASSES
@@ -123,6 +124,8 @@ def config_for(config: Config, index: Index, out: Path) -> Config:
         raise UserError(f"--out: {out} exists already")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", out.name):
         raise UserError(f"--out: {out.name!r} cannot be the name of a run")
+    if index.num_classes < 2:
+        raise UserError(f"{index.field}: {index.folder} has one class, and a head has two or more")
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, root=out.parent, name=out.name),
@@ -141,7 +144,7 @@ def write_changed(
     record = {key: value for key, value in trained.record.items() if key not in ("format", "step")}
     record |= {
         "position": {"epoch": int(record["position"]["epoch"]) + 1, "consumed": 0},
-        "data_fingerprint": index.fingerprint,
+        "data_fingerprint": fingerprint_of(config, index),
         "config": to_dict(config),
     }
     out = config.run_folder

@@ -60,7 +60,7 @@ def open_training_data(config: Config) -> TrainingData:
         index = mix(read_together([first, *others]), data.mix_labels, names)
     order = build_order(config, index)
     return TrainingData(
-        index, order, index.num_classes, index.class_names, order.num_positions, _fingerprint(config, index)
+        index, order, index.num_classes, index.class_names, order.num_positions, fingerprint_of(config, index)
     )
 
 
@@ -269,7 +269,7 @@ def _require_whole_groups(config: Config, world: World) -> None:
         )
 
 
-def _fingerprint(config: Config, index: Index | Mixture) -> str:
+def fingerprint_of(config: Config, index: Index | Mixture) -> str:
     """Return the data's own for shuffled data, else a hash of that and of what decides the order."""
     data = config.data
     decisive = {
