@@ -1,9 +1,11 @@
 """How every entry point ends: 0 when done, 2 with one line for what the user can mend, 1 for the rest."""
 
+import argparse
 import atexit
 import contextlib
 import logging
 import os
+import re
 import select
 import sys
 import time
@@ -52,6 +54,17 @@ def run(main: Callable[[], object]) -> None:
     # could wait for ranks that are gone. And after success: a thread of gloo that lets go of the last tensor
     # only now asks for the interpreter's lock, is ended in the middle of C++, and aborts a run that was done.
     os._exit(code)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return the type of an option that is a whole number, for argparse."""
+
+    def whole(text: str) -> int:
+        if not re.fullmatch(r"-?\d{1,18}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text}")
+        return int(text)
+
+    return whole
 
 
 def _nobody_reads() -> bool:

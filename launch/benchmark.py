@@ -17,8 +17,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch._main import run
+from launch._main import at_least, run
 from trainer.errors import UserError
+
+positive = at_least(1)
 
 
 def main() -> None:
@@ -43,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     head = commands.add_parser("head", help="steps of the class-parallel head on synthetic features")
-    head.add_argument("--classes", type=positive, required=True, metavar="K", help="over all ranks")
+    head.add_argument("--classes", type=at_least(2), required=True, metavar="K", help="over all ranks")
     head.add_argument("--dim", type=positive, default=512, metavar="D", help="width of the embedding")
     head.add_argument("--batch", type=positive, default=256, metavar="B", help="images over all ranks")
     head.add_argument("--ranks", type=positive, default=1, metavar="R", help="processes, one thread each")
@@ -52,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     head.add_argument("--against", choices=("textbook",), help="time the usual way too, in turn")
     head.add_argument("--steps", type=positive, default=5, metavar="N", help="rounds; the median is reported")
     head.add_argument("--tile-rows", type=positive, metavar="T", help="classes of a tile (default: chosen)")
-    head.add_argument("--cache-mib", type=int, metavar="M", help="exponentials kept (default: the head's)")
+    head.add_argument("--cache-mib", type=at_least(0), metavar="M", help="head.cache_mib (default: its own)")
     head.add_argument("--json", action="store_true", help="for symmetry: the output is always JSON")
     add_train_command(commands)
     add_data_command(commands)
@@ -88,7 +90,7 @@ def add_judge_command(commands: Any) -> None:
     judging.add_argument("--per-class", type=positive, default=20, metavar="N", help="images of a class")
     judging.add_argument("--dim", type=positive, default=256, metavar="D", help="width of the embedding")
     judging.add_argument("--probes", type=positive, default=3530, metavar="P", help="as MegaFace has them")
-    judging.add_argument("--distractors", type=int, default=0, metavar="N", help="0 leaves the search out")
+    judging.add_argument("--distractors", type=at_least(0), default=0, metavar="N", help="0: no search")
     judging.add_argument("--rounds", type=positive, default=5, metavar="N", help="in turn with bare products")
     judging.add_argument("--json", action="store_true", help="for symmetry: the output is always JSON")
 
@@ -110,14 +112,6 @@ def add_data_command(commands: Any) -> None:
     data.add_argument("--images", type=positive, default=5000, metavar="N", help="at most, in every round")
     data.add_argument("--rounds", type=positive, default=5, metavar="N", help="the median is reported")
     data.add_argument("--json", action="store_true", help="for symmetry: the output is always JSON")
-
-
-def positive(text: str) -> int:
-    """Return a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
 
 
 def measure(options: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch._main import run
+from launch._main import at_least, run
 from trainer.errors import UserError
 from trainer.options import load
 
@@ -50,8 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--hostfile", type=Path, required=True, metavar="FILE", help="`HOST slots=N` a line")
-    add("--max-restarts", type=int, default=3, metavar="N", help="tries after the first (default: 3)")
-    add("--min-hosts", type=int, default=1, metavar="N", help="fewer do not start (default: 1)")
+    add("--max-restarts", type=at_least(0), default=3, metavar="N", help="tries after the first (default: 3)")
+    add("--min-hosts", type=at_least(1), default=1, metavar="N", help="fewer do not start (default: 1)")
     add("--pause-seconds", type=float, default=10.0, help="before every restart (default: 10)")
     add("--config", type=Path, metavar="FILE", help="the run's YAML file")
     add("overrides", nargs="*", metavar="section.field=value", help="the run's fields")

@@ -15,7 +15,7 @@ from pathlib import Path
 # `deepspeed launch/embed.py` puts launch/, not the repository, on sys.path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch._main import run
+from launch._main import at_least, run
 
 
 def main() -> None:
@@ -52,27 +52,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("data", type=Path, metavar="DATA", help="packed data set, or a folder of images")
     add("out", type=Path, metavar="OUT", help="folder to write, or to go on with")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of the files (default: float16)")
-    add("--rows-per-file", type=positive, default=16384, metavar="N", help="images (default: 16384)")
+    add("--rows-per-file", type=at_least(1), default=16384, metavar="N", help="images (default: 16384)")
     add(
         "--batch-size",
-        type=positive,
+        type=at_least(1),
         default=64,
         metavar="B",
         help="images of a batch of a rank (default: 64)",
     )
-    add("--workers", type=int, default=2, metavar="W", help="reading processes of a rank (default: 2)")
+    add("--workers", type=at_least(0), default=2, metavar="W", help="processes that read (default: 2)")
     add("--flip", action="store_true", help="add the embedding of the mirror image")
     add("--missing", choices=("error", "count"), default="error", help="images that cannot be decoded")
     add("--json", action="store_true", help="one JSON object on stdout")
     add("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     return parser
-
-
-def positive(text: str) -> int:
-    """Return a whole number above zero."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text}")
-    return int(text)
 
 
 if __name__ == "__main__":

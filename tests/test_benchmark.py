@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from small_run import pack_photos
 
+from launch.benchmark import build_parser
 from trainer.benchmark_train import TrainCase, measure_training
 from trainer.config import from_dict
 from trainer.databench import DataCase, measure_data
@@ -68,9 +69,10 @@ def test_the_loss_depends_neither_on_ranks_nor_on_the_way_of_updating() -> None:
     ("arguments", "message"),
     [
         (("--classes", "10", "--batch", "25", "--ranks", "2"), "--batch: 25 is not divisible by 2 ranks"),
-        (("--classes", "1", "--batch", "2", "--ranks", "2"), "--classes: 1 classes cannot be cut over 2"),
+        (("--classes", "2", "--batch", "3", "--ranks", "3"), "--classes: 2 classes cannot be cut over 3"),
         (("--classes", "100000000000", "--batch", "2"), "needs 409600000000000 bytes on this host"),
-        (("--classes", "0"), "0 is not positive"),
+        (("--classes", "1"), "--classes: must be a whole number of at least 2, not 1"),
+        (("--classes", "2", "--dim", "0"), "--dim: must be a whole number of at least 1, not 0"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(arguments: tuple[str, ...], message: str) -> None:
@@ -79,6 +81,12 @@ def test_what_cannot_be_measured_is_refused_in_one_line(arguments: tuple[str, ..
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_a_negative_number_of_distractors_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["judge", "x", "--images", "5", "--distractors", "-5"])
+    assert "--distractors: must be a whole number of at least 0, not -5" in capsys.readouterr().err
 
 
 def test_reading_is_measured_stage_by_stage_beside_the_usual_ways(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from launching import Started
 
+from launch.elastic import build_parser
 from trainer import elastic
 from trainer.elastic import Host, answering, dividing, read_hostfile, run_deepspeed, supervise
 from trainer.errors import UserError
@@ -38,6 +39,21 @@ def test_a_wrong_hostfile_is_refused_with_its_line(tmp_path: Path, text: str, co
     with pytest.raises(UserError) as caught:
         read_hostfile(tmp_path / "hostfile")
     assert str(caught.value).startswith(f"{tmp_path / 'hostfile'}{complaint}")
+
+
+def test_a_hostfile_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "hostfile").write_bytes(b"\xff slots=1")
+    with pytest.raises(UserError, match="hostfile: cannot read the hostfile: 'utf-8' codec"):
+        read_hostfile(tmp_path / "hostfile")
+
+
+@pytest.mark.parametrize(("option", "least"), [("--max-restarts", 0), ("--min-hosts", 1)])
+def test_a_number_that_could_start_nothing_is_refused(
+    capsys: pytest.CaptureFixture[str], option: str, least: int
+) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["--hostfile", "x", option, str(least - 1)])
+    assert f"{option}: must be a whole number of at least {least}, not {least - 1}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("batch", "taken"), [(12, "abc"), (10, "ab"), (8, "ab"), (2, "a"), (3, "")])

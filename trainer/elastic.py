@@ -36,8 +36,8 @@ def read_hostfile(path: Path) -> list[Host]:
     """Return the hosts in order. Raises UserError naming the line, as DeepSpeed would only later."""
     try:
         lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the hostfile: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the hostfile: {error}") from None
     hosts: list[Host] = []
     for number, line in enumerate(lines, start=1):
         words = line.split("#")[0].split()
