@@ -39,6 +39,20 @@ def test_more_slots_than_devices_are_refused_with_the_host(monkeypatch: pytest.M
         distributed._device(4)
 
 
+@pytest.mark.parametrize(("node", "expected"), [(0, "2"), (2, "2"), (3, "1")])
+def test_srun_says_the_ranks_of_this_host_however_tasks_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch, node: int, expected: str
+) -> None:
+    said = {"PROCID": "0", "NTASKS": "7", "LOCALID": "0", "NODEID": str(node), "TASKS_PER_NODE": "2(x3),1"}
+    slurm = {f"SLURM_{name}": value for name, value in said.items()}
+    monkeypatch.setattr(distributed.os, "environ", slurm | {"MASTER_ADDR": "a"})
+    distributed._read_slurm()
+    assert (distributed.os.environ["LOCAL_WORLD_SIZE"], distributed.os.environ["WORLD_SIZE"]) == (
+        expected,
+        "7",
+    )
+
+
 def test_memory_of_a_host_is_asked_for_by_all_its_ranks_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "_available_bytes", lambda: 3000)
     with joined_world(10.0) as world:

@@ -231,6 +231,24 @@ def test_the_newest_the_multiples_and_the_best_are_kept(tmp_path: Path) -> None:
     assert [int(name.removeprefix("step-")) for name in names_in(tmp_path)] == [4, 5, 8, 9, 10]
 
 
+def save_beside_a_broken_one(world: World, folder: Path) -> str:
+    warnings: list[str] = []
+    manifest.log.warning = lambda text, *values: warnings.append(text % values)
+    checkpoints = Checkpoints(folder, 2, world.group, keep_best="accuracy")
+    save(checkpoints, 1, world, metrics={"accuracy": 0.5})
+    (folder / "step-00000001" / "state.json").write_text("{")
+    save(checkpoints, 2, world, metrics={"accuracy": 0.1})
+    return "\n".join(warnings)
+
+
+def test_an_older_record_that_cannot_be_read_is_passed_over_aloud(tmp_path: Path) -> None:
+    [said] = run_on_ranks(save_beside_a_broken_one, 1, tmp_path)
+    assert said.startswith(
+        f"checkpoint.keep_best: passed over: {tmp_path / 'step-00000001'}: not a checkpoint"
+    )
+    assert names_in(tmp_path) == ["step-00000001", "step-00000002"]
+
+
 @pytest.mark.parametrize("keep_last", [1, 2, 7])
 @pytest.mark.parametrize("keep_every", [None, 1, 3])
 @pytest.mark.parametrize("best", [None, 2])

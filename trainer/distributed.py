@@ -7,6 +7,7 @@ accelerator torch knows (NCCL on NVIDIA): this is the one place that asks.
 import ctypes
 import dataclasses
 import os
+import re
 import resource
 import socket
 from collections.abc import Iterator
@@ -225,4 +226,7 @@ def _read_slurm() -> None:
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-        os.environ["LOCAL_WORLD_SIZE"] = os.environ["SLURM_NTASKS_PER_NODE"]
+        # "2(x3),1" are four nodes. SLURM_NTASKS_PER_NODE is there only if it was asked for.
+        runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ["SLURM_TASKS_PER_NODE"])
+        tasks = [count for count, nodes in runs for _ in range(int(nodes or 1))]
+        os.environ["LOCAL_WORLD_SIZE"] = tasks[int(os.environ["SLURM_NODEID"])]

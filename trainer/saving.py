@@ -261,12 +261,19 @@ class Checkpoints:
         return {}
 
     def _best(self, complete: dict[int, Path]) -> int | None:
-        """Return the step whose record has the best value of ``keep_best``, the newest of equals."""
+        """Return the step whose record has the best value of ``keep_best``, the newest of equals.
+
+        A record that cannot be read is passed over aloud: it must not end the saves of a run that goes on.
+        """
         if self.keep_best is None:
             return None
         values = {}
         for step, path in complete.items():
-            value = read_record(path).get("metrics", {}).get(self.keep_best)
+            try:
+                value = read_record(path).get("metrics", {}).get(self.keep_best)
+            except UserError as error:
+                manifest.log.warning("checkpoint.keep_best: passed over: %s", error)
+                continue
             if value is not None and value == value:
                 values[step] = value if self.best_is == "highest" else -value
         return max(values, key=lambda step: (values[step], step), default=None)
