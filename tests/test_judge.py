@@ -23,6 +23,7 @@ from PIL import Image
 from ranks import run_on_ranks
 from torch import Tensor
 
+from launch import embed as embed_command
 from launch import evaluate
 from trainer.bench import Model
 from trainer.config import InvalidConfigError, ProtocolConfig, protocol_from_dict
@@ -226,6 +227,20 @@ def test_reidentification_reads_persons_and_cameras_from_the_notes(
     assert found["num_queries"] == len(hits)
     assert found["rank1"] == pytest.approx(np.mean(hits))
     assert {"map", "minp", "reranked_map", "reranked_rank10"} <= found.keys()
+
+
+def test_what_looks_like_a_number_of_a_person_is_a_name(root: Path, tmp_path: Path) -> None:
+    for name, num in (("query", 11), ("gallery", 23)):
+        rows = [f"{name[0]}{i},--5,{name}\n" for i in range(num)]
+        (tmp_path / name).write_text("".join(["key,person,camera\n", *rows]))
+    config = protocol(
+        "reid", root / "query", gallery=str(root / "gallery"),
+        notes=str(tmp_path / "query"), gallery_notes=str(tmp_path / "gallery"),
+    )  # fmt: skip
+    assert judged(config)["rank1"] == 1
+    (tmp_path / "query").write_text(f"key,person\nq0,{'1' * 140_000}\n")
+    with pytest.raises(UserError, match="query: cannot read notes: field larger than field limit"):
+        open_images(root / "query", "--data").note("person", tmp_path / "query")
 
 
 def test_distractors_are_cut_from_one_fixed_order(figures: dict[str, dict[str, float]]) -> None:
@@ -496,6 +511,12 @@ def test_embeddings_of_two_models_or_widths_are_not_compared(root: Path, tmp_pat
             other: f"--gallery: {other} was made by runs/b 2, {data} by runs/a 1",
         }
         assert said[str((name, each))] == expected.get(each, of_images[config.protocol])
+
+
+def test_a_negative_number_of_workers_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        embed_command.build_parser().parse_args(["run", "data", "out", "--workers", "-1"])
+    assert "--workers: must be a whole number of at least 0, not -1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

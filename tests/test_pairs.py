@@ -125,6 +125,11 @@ def test_pairs_of_a_csv_are_read_by_their_header(tmp_path: Path) -> None:
     [
         ("key1,key2\n1,2\n", "its header 'key1,key2' has no key1,key2,same"),
         ("key1,key2,same\n1,2,maybe\n", ":2: same is 'maybe'"),
+        (
+            "key1,key2,same,fold\n1,2,1,9999999999999999999\n",
+            ":2: same is '1' and fold '9999999999999999999'",
+        ),
+        (f"key1,key2,same\n1,{'2' * 140_000},1\n", "cannot read pairs: field larger than field limit"),
         ("key1,key2,same\n1,2,1\n", "all of its 1 pairs are same"),
         ("2 3\nAnn 1 2\n", "1 pairs instead of 2 x 2 x 3"),
         ("1 1\nAnn 1 2\nAnn one Bob 2\n", ":3: not 'name i j'"),

@@ -218,9 +218,12 @@ def _read_notes(path: Path, images: ImageSet) -> Sequence[dict[str, Any]]:
     if column is None:
         raise UserError(f"{path}: its header {','.join(reader.fieldnames or ())!r} has no key or path")
     rows: list[dict[str, Any]] = [{} for _ in range(len(images))]
-    for row in reader:
-        position = images.position_of.get(str(row[column]))
-        if position is None:
-            raise UserError(f"{path}:{reader.line_num}: {images.field} has no image {row[column]}")
-        rows[position] = row
+    try:
+        for row in reader:
+            position = images.position_of.get(str(row[column]))
+            if position is None:
+                raise UserError(f"{path}:{reader.line_num}: {images.field} has no image {row[column]}")
+            rows[position] = row
+    except csv.Error as error:
+        raise UserError(f"{path}: cannot read notes: {error}") from None
     return rows

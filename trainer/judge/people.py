@@ -3,6 +3,7 @@
 Dimensions: N instances, Q queries, G gallery, D feature.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def _people(found: EmbeddedSet, notes: Path | None) -> list[str]:
     if values is None:
         names = found.images.class_names
         values = np.array([names[label] if names else str(label) for label in found.labels_N.tolist()])
-    return [str(int(v)) if v.lstrip("-").isdecimal() else str(v) for v in values]
+    return [str(int(v)) if re.fullmatch(r"-?\d{1,18}", v) else str(v) for v in values]
 
 
 def judge_persons(bench: Bench) -> Figures:

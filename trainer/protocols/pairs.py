@@ -60,7 +60,10 @@ def read_pairs(path: Path) -> Pairs:
         text = path.read_text(encoding="utf-8-sig")  # Excel begins a CSV with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read pairs: {error}") from None
-    pairs = _read_csv(path, text) if "," in text.partition("\n")[0] else _read_lfw(path, text)
+    try:
+        pairs = _read_csv(path, text) if "," in text.partition("\n")[0] else _read_lfw(path, text)
+    except csv.Error as error:
+        raise UserError(f"{path}: cannot read pairs: {error}") from None
     if pairs.same_P.all() or not pairs.same_P.any():
         raise UserError(f"{path}: all of its {len(pairs)} pairs are {'same' if len(pairs) else 'missing'}")
     return pairs
@@ -155,7 +158,7 @@ def _read_csv(path: Path, text: str) -> Pairs:
         if (
             text_same is None
             or text_same.strip().lower() not in _SAME
-            or not re.fullmatch(r"-?\d+", text_fold)
+            or not re.fullmatch(r"-?\d{1,18}", text_fold)
         ):
             raise UserError(f"{path}:{rows.line_num}: same is {text_same!r} and fold {text_fold!r}")
         first.append(str(row[columns[0] or ""]))
