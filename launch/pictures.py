@@ -1,7 +1,9 @@
 """Draw saved embeddings: ``python launch/pictures.py runs/NAME [runs/OTHER ...]``.
 
-Of runs trained with eval.save_embeddings=true: a GIF of the features over the steps and the cosines between
-class means, for each run; features side by side and the bounds of alpha, in the first run's figures.
+Of runs trained with eval.save_embeddings=true, for each test set: features of 2 or 3 dimensions and a GIF of
+them over the steps, histograms of cosines, cosines between class means and between the centroids; features
+side by side and the bounds of alpha, in the first run's figures. For training images, too, name them a test
+set: eval.classification.train=FOLDER.
 """
 
 import argparse

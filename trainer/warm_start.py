@@ -41,7 +41,7 @@ def weights_for(backbone: nn.Module, source: Path) -> dict[str, Tensor]:
     """
     expected = {name: value.shape for name, value in backbone.state_dict().items()}
     if source.is_dir():
-        weights = backbone_weights(read_tensors(open_trained(source).path / "backbone.safetensors"))
+        weights = backbone_weights(open_trained(source).read_backbone())
     else:
         weights = read_tensors(source)
         if any(name.startswith("parameter.") for name in weights):
