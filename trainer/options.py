@@ -34,7 +34,7 @@ from trainer.config import (
 from trainer.consistency import check_across_fields
 from trainer.errors import UserError
 
-_OPEN = {Annotated, typing.Union, types.UnionType}
+_WRAPPERS = {Annotated, typing.Union, types.UnionType}  # of types; the first has notes behind its type
 
 
 def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
@@ -205,9 +205,9 @@ def _takes_text(kind: Any, names: Iterable[str]) -> bool:
         else:
             kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
     kinds = {kind}
-    while open_kinds := {each for each in kinds if typing.get_origin(each) in _OPEN}:
-        kinds -= open_kinds
-        for each in open_kinds:
+    while wrapped := {each for each in kinds if typing.get_origin(each) in _WRAPPERS}:
+        kinds -= wrapped
+        for each in wrapped:
             kinds |= set(typing.get_args(each)[: 1 if typing.get_origin(each) is Annotated else None])
     return bool(kinds & {Path, Url, str}) and kinds <= {Path, Url, str, type(None)}
 
